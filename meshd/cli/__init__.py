@@ -31,8 +31,8 @@ VERBS = {
     "migrate": "move a running session to another peer",
     "bench": "measure this device, or its link to every peer",
     "invite": "let another device join, by a short code that works once",
-    "key": "show, make or replace the cluster key and the API key",
-    "debug": "show a session's events, collected from all peers",
+    "key": "make or revoke keys of the cluster, its API and MQTT devices; exclude devices",
+    "debug": "show a session's events, or trace its steps, on all peers",
     "service": "start the daemon at boot, under systemd or launchd",
     "doctor": "look for faults of this device and its connections, and say what to type",
     "config": "show every setting, its value and where the value comes from",
@@ -107,10 +107,16 @@ def _dispatch(words: list[str]) -> int:
 
 
 def _run_verb(name: str, words: list[str]) -> int:
+    verb, parser = verb_and_parser(name)
+    return verb.run(parser.parse_args(words))
+
+
+def verb_and_parser(name: str) -> tuple[Verb, Parser]:
+    """Import a verb. Returns: it, and the parser of its arguments."""
     verb = cast("Verb", import_module(f"meshd.cli.{name}"))
     parser = Parser(name, VERBS[name], verb.EXAMPLE)
     verb.add_arguments(parser)
-    return verb.run(parser.parse_args(words))
+    return verb, parser
 
 
 def overview() -> str:

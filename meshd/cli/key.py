@@ -1,4 +1,4 @@
-"""`meshd key`: show, make or replace the cluster key, which devices share, and the API key, which clients send.
+"""`meshd key`: the cluster key, which devices share, the API keys, which clients send, and the keys of MQTT devices.
 
 `key_rotation.py` has the commands that only the owner's device can run.
 """
@@ -20,16 +20,24 @@ from meshd.protocol.identity import ClusterKey, found_cluster, load_cluster_key,
 from meshd.protocol.owner import load_owner_key
 from meshd.state import StateFolder, read_holder
 
-EXAMPLE = "meshd key show\n  meshd key join mesh-7K2Q-...\n  meshd key api add phone --scope infer --rate 60/min"
-
+EXAMPLE = "\n  ".join(
+    (
+        "meshd key show",
+        "meshd key new --replace",
+        "meshd key join mesh-7K2Q-...",
+        api_keys.EXAMPLE,
+        key_rotation.EXAMPLE,
+        key_mqtt.EXAMPLE,
+    )
+)
 
 _COMMANDS = {
     "show": "show the join code, to type on the next device",
     "new": "start a new cluster with a new key",
     "join": "join the cluster that a join code belongs to",
-    "api": "add, list and remove API keys; without a command: show the one key that has all rights, and make it if there is none",
+    "api": "add, list and revoke API keys; without a command: show the one key that has all rights, and make it if there is none",
     **key_rotation.COMMANDS,
-    "mqtt": "make, list and revoke the keys of devices that send jobs over MQTT",
+    "mqtt": "add, list and revoke the keys of devices that send jobs over MQTT",
 }
 
 
@@ -43,7 +51,7 @@ def add_arguments(parser: Parser) -> None:
     for name in ("new", "join"):
         parsers[name].add_argument("--replace", action="store_true", help="replace the present key, and leave its cluster")
     parsers["api"].add_argument("--new", action="store_true", help="make a new key; the old one becomes invalid")
-    api_keys.add_arguments(parsers["api"], EXAMPLE)
+    api_keys.add_arguments(parsers["api"])
     key_rotation.add_arguments(parsers)
     key_mqtt.add_arguments(parsers.pop("mqtt"))
     for subparser in parsers.values():

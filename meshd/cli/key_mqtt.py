@@ -25,7 +25,6 @@ _COMMANDS = {
 
 
 def add_arguments(parser: Parser) -> None:
-    parser.epilog = f"example:\n  {EXAMPLE}"
     parsers = add_commands(parser, _COMMANDS, EXAMPLE, dest="mqtt_command")
     for name in ("add", "rm"):
         parsers[name].add_argument("device", metavar="NAME", help="name of the device: letters, digits, '.', '_' and '-'")

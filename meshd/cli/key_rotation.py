@@ -34,6 +34,7 @@ COMMANDS = {
     "revoke": "exclude devices: all other known ones get a new cluster key",
     "owner": "copy the owner key to another device, which then can exclude devices too",
 }
+EXAMPLE = "meshd key rotate\n  meshd key revoke attic\n  meshd key owner add desk"
 _OWNERS_FILE = "owners.json"
 _WITHIN_S = 15.0
 """How long the command waits until the linked peers have the new key. They take it within a second; others when they are back."""
@@ -50,10 +51,10 @@ def add_arguments(parsers: Mapping[str, Parser]) -> None:
         parsers[name].add_argument(
             "--new-owner",
             action="store_true",
-            help="replace the owner key as well: for when somebody may have it who should not; "
-            "done in any case when a device is revoked to which it was copied from here",
+            help="replace the owner key as well, if somebody may have it who should not; "
+            "done without this flag if a device to which this one copied it is revoked",
         )
-    parsers["owner"].add_argument("action", choices=["add"])
+    parsers["owner"].add_argument("action", choices=["add"], help="copy it to PEER")
     parsers["owner"].add_argument("peers", nargs=1, metavar="PEER", help="a peer's name, or the first characters of its id")
 
 

@@ -1,6 +1,8 @@
 import asyncio
 import errno
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -14,7 +16,8 @@ from aiohttp import web
 
 from fake_api.rows_server import Api
 from meshd import __version__
-from meshd.cli import VERBS
+from meshd.cli import VERBS, verb_and_parser
+from meshd.cli.support.arguments import Parser
 
 Meshd = Callable[..., CompletedProcess[str]]
 HEAVY = {"torch", "onnxruntime", "onnx", "numpy", "zeroconf", "aiohttp", "tokenizers", "rich", "huggingface_hub"}
@@ -43,6 +46,29 @@ def test_every_verb_has_help_with_an_example(meshd: Meshd, verb: str) -> None:
     assert f"usage: meshd {verb}" in outcome.stdout
     assert "example:\n  " in outcome.stdout
     assert "meshd" in outcome.stdout.split("example:")[1]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_example_is_a_valid_command(verb: str) -> None:
+    module, parser = verb_and_parser(verb)
+    for line in module.EXAMPLE.splitlines():
+        words = shlex.split(re.sub(r"  +\(.*\)$|^\(.*\)$", "", line.strip()))
+        if words:
+            _parse(words, verb, parser)
+
+
+def _parse(words: list[str], verb: str, parser: Parser) -> None:
+    """Parse an example. Another verb may have a part in it, a variable or `sudo` may stand before it, and a file after it."""
+    words = words[: words.index("<")] if "<" in words else words
+    _, name, *rest = words[words.index("meshd") :]
+    (parser if name == verb else verb_and_parser(name)[1]).parse_args(rest)
+
+
+@pytest.mark.parametrize("command", ["key revoke", "key owner", "key api add", "key mqtt rm", "service install", "debug trace"])
+def test_the_help_of_a_command_has_an_example_of_this_command(meshd: Meshd, command: str) -> None:
+    examples = meshd(*command.split(), "--help").stdout.split("example:\n")[1].splitlines()
+    assert examples
+    assert all(f"meshd {command} " in line for line in examples)
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -19,18 +19,19 @@ from meshd.display import ABSENT, duration
 from meshd.state import StateFolder
 from meshd.values import parse_name
 
+EXAMPLE = "meshd key api add phone --scope infer --rate 60/min\n  meshd key api list\n  meshd key api rm phone"
 _COMMANDS = {
     "add": "make an API key, which is shown once",
     "list": "list the API keys by their prefixes",
-    "rm": "remove an API key; what it has running ends within a second",
+    "rm": "revoke an API key; what it has running ends within a second",
 }
 _UNITS_S = {"m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 _PERIOD = re.compile(r"([1-9]\d{0,5})([mhdw])")
 
 
-def add_arguments(parser: ArgumentParser, example: str) -> None:
+def add_arguments(parser: ArgumentParser) -> None:
     """Add the commands of `meshd key api`."""
-    parsers = add_commands(parser, _COMMANDS, example, dest="api_command", required=False)
+    parsers = add_commands(parser, _COMMANDS, EXAMPLE, dest="api_command", required=False)
     add = parsers["add"]
     add.add_argument("name", metavar="NAME", type=_argument(parse_name), help="names the key in lists: who or what uses it")
     add.add_argument(

@@ -29,13 +29,18 @@ class Parser(ArgumentParser):
 def add_commands(
     parser: ArgumentParser, commands: Mapping[str, str], example: str, *, dest: str = "command", required: bool = True
 ) -> dict[str, Parser]:
-    """Add the commands of a verb, name -> summary; `dest` gets the name. Returns: the parser of each command, by its name."""
+    """Add the commands of a verb, name -> summary; `dest` gets the name. The help of each ends with its lines of `example`.
+
+    Returns: the parser of each command, by its name.
+    """
+    lines = [line.strip() for line in example.splitlines()]
 
     class CommandParser(Parser):
         """The parser that argparse creates for each command."""
 
         def __init__(self, *, prog: str, description: str) -> None:
-            super().__init__(prog.removeprefix("meshd "), description, example)
+            own = [line for line in lines if f"{prog} " in f"{line} "]
+            super().__init__(prog.removeprefix("meshd "), description, "\n  ".join(own or lines))
 
     added = parser.add_subparsers(
         dest=dest,
