@@ -4,9 +4,6 @@
 """
 
 import os
-import resource
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -97,22 +94,3 @@ def test_a_set_up_without_faults_gives_only_ok(context: Context, diagnose: Calla
     results = diagnose(context)
     bad = {each.check: each.status.value for each in results if each.status is not CheckStatus.OK}
     assert bad == {"peers": "unchecked", "reach": "unchecked"}
-
-
-@pytest.mark.parametrize(("files", "status"), [(100, "wrong"), (300, "warning"), (4096, "ok")])
-def test_too_few_descriptors_are_named(files: int, status: str, tmp_path: Path) -> None:
-    """In a process of its own, whose limit is really so low."""
-    code = (
-        f"import resource, json, msgspec; resource.setrlimit(resource.RLIMIT_NOFILE, ({files}, {files}));"
-        "from types import SimpleNamespace; from meshd.doctor.limits import open_files;"
-        "print(msgspec.json.encode(list(open_files(SimpleNamespace(peer=None)))).decode())"
-    )
-    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True, timeout=60)
-    assert f'"status":"{status}"' in done.stdout
-    assert ("ulimit -n 65536" in done.stdout) == (status != "ok")
-
-
-def test_the_limit_of_this_process_is_left_alone(context: Context, diagnose: Callable[[Context], list[CheckResult]]) -> None:
-    before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    diagnose(context)
-    assert resource.getrlimit(resource.RLIMIT_NOFILE) == before

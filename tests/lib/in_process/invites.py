@@ -39,7 +39,7 @@ class OpenInvite:
         return InviteCode(self.code.number, (first, "lion" if second != "lion" else "amber"))
 
 
-def make_inviter(folder: Path, advertised: list[tuple[int, int]] | None = None) -> Inviter:
+def make_inviter(folder: Path, advertised: list[tuple[int, int]] | None = None, join_code: str = JOIN_CODE) -> Inviter:
     async def advertise(number: int, port: int) -> None:
         if advertised is not None:
             advertised.append((number, port))
@@ -50,7 +50,7 @@ def make_inviter(folder: Path, advertised: list[tuple[int, int]] | None = None) 
                 advertised.clear()
 
     settings = InviterSettings(
-        name="desk", join_code=lambda: JOIN_CODE, host="127.0.0.1", link_port=lambda: LINK_PORT, hosts=lambda: ["127.0.0.1"],
+        name="desk", join_code=lambda: join_code, host="127.0.0.1", link_port=lambda: LINK_PORT, hosts=lambda: ["127.0.0.1"],
         folder=folder, advertise=advertise,
     )  # fmt: skip
     return Inviter(settings, SystemClock())
