@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Self
+from typing import Protocol, Self
 
 import msgspec
 from filelock import lock_descriptor
@@ -29,6 +29,30 @@ _READ_TRIES = 3
 """Number of times that `read_holder` tries to get the lock: two simultaneous readers would each take the other for a daemon. With
 eight threads that read without a pause, 1017 of 5000 answers were wrong with one try, 5 with two tries, and none with three."""
 _OTHERS = 0o077
+
+FileSignature = tuple[int, int, int]
+"""What changes whenever a file is replaced: its inode's number, its size, and when it was written, in nanoseconds."""
+
+
+class Folder(Protocol):
+    """Where an agent keeps a file: the state folder, or memory in the simulator."""
+
+    def read(self, name: str) -> bytes | None: ...
+
+    def write(self, name: str, data: bytes) -> object: ...
+
+
+class MemoryFolder:
+    """A folder in memory."""
+
+    def __init__(self, files: Iterable[tuple[str, bytes]] = ()) -> None:
+        self.files = dict(files)
+
+    def read(self, name: str) -> bytes | None:
+        return self.files.get(name)
+
+    def write(self, name: str, data: bytes) -> None:
+        self.files[name] = data
 
 
 class StateFolder:
@@ -85,6 +109,14 @@ class StateFolder:
         except OSError as error:
             raise _unusable(path, error) from error
         return path
+
+    def signature(self, name: str) -> FileSignature | None:
+        """Return what changes with each change of a file; None if it does not exist. Raises: OSError."""
+        try:
+            status = os.stat(self.path / name)
+        except FileNotFoundError:
+            return None
+        return status.st_ino, status.st_size, status.st_mtime_ns
 
     @contextmanager
     def exclusive(self, name: str) -> Iterator[None]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from meshd.errors import StorageError
-from meshd.state import Holder, StateFolder, lock_state, read_holder
+from meshd.state import Holder, MemoryFolder, StateFolder, lock_state, read_holder
 
 
 @pytest.fixture
@@ -32,6 +32,20 @@ def test_a_write_replaces_the_whole_file_and_leaves_nothing_beside_it(folder: St
     assert folder.read("a") == b"short"
     assert [path.name for path in folder.path.iterdir()] == ["a"]
     assert folder.read("b") is None
+
+
+def test_a_write_changes_the_signature_even_with_the_same_bytes(folder: StateFolder) -> None:
+    assert folder.signature("a") is None
+    folder.write("a", b"text")
+    first = folder.signature("a")
+    folder.write("a", b"text")
+    assert folder.signature("a") not in (first, None)
+
+
+def test_a_folder_in_memory_reads_what_was_written() -> None:
+    folder = MemoryFolder([("a", b"1")])
+    folder.write("b", b"2")
+    assert [folder.read(name) for name in ("a", "b", "c")] == [b"1", b"2", None]
 
 
 def test_a_failed_write_is_a_storage_error_and_leaves_no_temporary_file(folder: StateFolder) -> None:

@@ -13,9 +13,10 @@ from meshd.agents.links.links import Links
 from meshd.agents.placement.client import UNPLACE_S, request_place, request_unplace
 from meshd.agents.placement.history import HoldingHistory
 from meshd.agents.placement.replication import ClusterState, LoadRequest, decide, grow, orphaned_copies
-from meshd.agents.placement.restart.placements import InMemory, Placements, placed_anew, restored_though_unplaced
+from meshd.agents.placement.restart.placements import Placements, placed_anew, restored_though_unplaced
 from meshd.clock import Clock
 from meshd.errors import MeshdError
+from meshd.state import MemoryFolder
 from meshd.types import Advert, ModelCard, ModelId, PeerId
 
 log = getLogger(__name__)
@@ -54,7 +55,7 @@ class Keeper:
     names: Callable[[PeerId], str]
     clock: Clock
     copies: int
-    placements: Placements = field(default_factory=lambda: Placements(InMemory()))
+    placements: Placements = field(default_factory=lambda: Placements(MemoryFolder()))
     _history: HoldingHistory = field(default_factory=HoldingHistory)
     _wanted: dict[LoadRequest, float] = field(default_factory=dict)
     """Unmet requests, each with the time when it was first found to be unmet."""

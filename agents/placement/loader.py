@@ -17,7 +17,7 @@ from meshd.agents.device.compute import ComputeQueue
 from meshd.agents.links.links import Links
 from meshd.agents.placement.model_library import ModelLibrary
 from meshd.agents.placement.resident import LoadState, ResidentLayers, ResidentModels
-from meshd.agents.placement.restart.placements import InMemory, PlacedLayers, Placements
+from meshd.agents.placement.restart.placements import PlacedLayers, Placements
 from meshd.agents.placement.warmup import warm_up
 from meshd.agents.placement.weights.provider import WeightProvider
 from meshd.clock import Clock
@@ -26,6 +26,7 @@ from meshd.kernels.backend import Backend, LoadedLayers
 from meshd.kernels.kv import BLOCK_TOKENS, KVPool
 from meshd.models.files.gguf import GgufFile
 from meshd.protocol.messages import Place, Placed, Unplace, Unplaced
+from meshd.state import MemoryFolder
 from meshd.types import LayerRange, ModelCard, ModelId, PeerId
 
 log = getLogger(__name__)
@@ -62,7 +63,7 @@ class Loader:
     spare_bytes: Callable[[], int]
     """Returns the bytes that may still be reserved; less than 0 while layers are promised memory that others are yet to give up."""
     on_change: Callable[[], None]
-    placements: Placements = field(default_factory=lambda: Placements(InMemory()))
+    placements: Placements = field(default_factory=lambda: Placements(MemoryFolder()))
     draining: Callable[[], bool] = lambda: False
     """Whether this peer is being drained, and so loads nothing more."""
     _loading: dict[_Key, _Load] = field(default_factory=dict)

@@ -4,7 +4,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable
 from logging import getLogger
-from typing import Annotated, Protocol
+from typing import Annotated
 
 import msgspec
 
@@ -13,6 +13,7 @@ from meshd.bounds import Label, PeerName, Sha256, Timestamp, at_most
 from meshd.clock import Clock
 from meshd.errors import MeshdError
 from meshd.protocol.trust import MAX_STAYING
+from meshd.state import Folder
 from meshd.types import PeerId
 
 log = getLogger(__name__)
@@ -20,14 +21,6 @@ log = getLogger(__name__)
 NAME = "known-peers.json"
 _SAVE_S = 2.0
 """Shortest time between two writes, so that a member that links again and again does not wear the disk out."""
-
-
-class Folder(Protocol):
-    """Where the register is kept: the state folder, or memory in the simulator."""
-
-    def read(self, name: str) -> bytes | None: ...
-
-    def write(self, name: str, data: bytes) -> object: ...
 
 
 class KnownPeer(msgspec.Struct, frozen=True, kw_only=True):

@@ -5,28 +5,26 @@ any order. The keys themselves are nowhere: each member derives them from the cl
 """
 
 import asyncio
-import os
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import partial
 from logging import getLogger
 
 import msgspec
-from filelock import FileLock, Timeout
 
 from meshd.agents.links.links import Links
 from meshd.agents.links.rpc import try_send
 from meshd.bounds import MAX_MQTT_DEVICES
 from meshd.errors import StorageError
 from meshd.protocol.messages import MqttDevices
-from meshd.state import StateFolder
+from meshd.state import FileSignature, StateFolder
 from meshd.types import MqttDevice, PeerId
 
 log = getLogger(__name__)
 
 FEATURE = "mqtt"
 DEVICES_FILE = "mqtt-devices.json"
-_LOCK_FILE = ".mqtt-devices.lock"
-_LOCK_S = 5.0
+_LOCK = "mqtt-devices"
 _LOOK_S = 1.0
 """How often a daemon looks whether the command line has changed the file. Also the shortest time between two changes that it stores
 and sends to all others: a member could change the list with each message."""
@@ -66,15 +64,12 @@ def update_devices(folder: StateFolder, change: Callable[[Devices], Devices]) ->
     Returns: the new list.
     Raises: StorageError.
     """
-    try:
-        with FileLock(folder.path / _LOCK_FILE, timeout=_LOCK_S, mode=0o600):
-            devices = load_devices(folder)
-            changed = change(devices)
-            if changed != devices:
-                folder.write(DEVICES_FILE, msgspec.json.encode(tuple(changed.values())))
-            return changed
-    except Timeout as error:
-        raise StorageError(f"{folder.path / DEVICES_FILE} is being changed by another process", hint="try again") from error
+    with folder.exclusive(_LOCK):
+        devices = load_devices(folder)
+        changed = change(devices)
+        if changed != devices:
+            folder.write(DEVICES_FILE, msgspec.json.encode(tuple(changed.values())))
+    return changed
 
 
 def _with(others: Devices, known: Devices) -> Devices:
@@ -89,9 +84,9 @@ class DeviceList:
         self._links = links
         self._folder = folder
         self._devices = load_devices(folder) if folder is not None else {}
-        self._stamp = self._read_stamp()
         self._told = self._devices
         """The list that all linked peers were sent."""
+        self._seen = self._signature()
         self._received: Devices = {}
         """Devices from other peers that are not stored yet."""
         self._changed = asyncio.Event()
@@ -117,7 +112,7 @@ class DeviceList:
                 async with asyncio.timeout(_LOOK_S if self._folder is not None else None):
                     await self._changed.wait()
             except TimeoutError:
-                if self._read_stamp() == self._stamp:
+                if self._signature() == self._seen:
                     continue
             self._changed.clear()
             self._tell()
@@ -129,14 +124,14 @@ class DeviceList:
     async def _store(self, folder: StateFolder) -> None:
         """Store what other peers have sent, and read what the command line has changed. Raises: StorageError."""
         received, self._received = self._received, {}
-        stamp = self._read_stamp()
+        signature = self._signature()
         try:
             devices = await asyncio.to_thread(update_devices, folder, partial(_with, received))
         except StorageError:
             self._received = merge(received, self._received.values())
             raise
         # Read before the update, so that a change of the command line during it is seen. An own change causes one more look.
-        self._stamp = stamp
+        self._seen = signature
         self._devices = merge(devices, self._received.values())
 
     def _tell(self) -> None:
@@ -152,11 +147,7 @@ class DeviceList:
             self._devices = merged  # a revocation counts at once, not only when it is stored
             self._changed.set()
 
-    def _read_stamp(self) -> tuple[int, int] | None:
-        if self._folder is None:
-            return None
-        try:
-            status = os.stat(self._folder.path / DEVICES_FILE)
-        except OSError:
-            return None
-        return status.st_mtime_ns, status.st_ino
+    def _signature(self) -> FileSignature | None:
+        with suppress(OSError):
+            return self._folder.signature(DEVICES_FILE) if self._folder is not None else None
+        return None

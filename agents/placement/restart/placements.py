@@ -6,11 +6,11 @@ for others. Models that were unplaced are recorded too: a peer that was off when
 
 from collections.abc import Iterable, Mapping
 from logging import getLogger
-from typing import Protocol
 
 import msgspec
 
 from meshd.errors import MeshdError
+from meshd.state import Folder
 from meshd.types import Advert, LayerRange, ModelId, PeerId
 
 log = getLogger(__name__)
@@ -35,14 +35,6 @@ class PlacedLayers(msgspec.Struct, frozen=True, kw_only=True):
 class _Document(msgspec.Struct, frozen=True):
     placed: list[PlacedLayers] = []
     unplaced: list[ModelId] = []
-
-
-class Folder(Protocol):
-    """Where the record is kept: the state folder, or memory in the simulator."""
-
-    def read(self, name: str) -> bytes | None: ...
-
-    def write(self, name: str, data: bytes) -> object: ...
 
 
 class Placements:
@@ -113,19 +105,6 @@ class Placements:
             log.warning("what is placed here can't be recorded, and would not be placed again after a restart: %s", error)
         else:
             self._written = data
-
-
-class InMemory:
-    """A folder in memory."""
-
-    def __init__(self, files: Iterable[tuple[str, bytes]] = ()) -> None:
-        self.files = dict(files)
-
-    def read(self, name: str) -> bytes | None:
-        return self.files.get(name)
-
-    def write(self, name: str, data: bytes) -> None:
-        self.files[name] = data
 
 
 def restored_though_unplaced(adverts: Iterable[Advert], placements: Placements) -> list[tuple[PeerId, ModelId]]:

@@ -1,6 +1,5 @@
 """The file of a peer's API keys in its state folder. The command line changes it, and the daemon reads it whenever it changes."""
 
-import os
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -10,15 +9,12 @@ from meshd.api.access.keys import MAX_KEYS, ApiKey, digest_of, generate
 from meshd.api.access.scopes import Scope
 from meshd.config import API_KEYS_FILE
 from meshd.errors import ConfigError, StorageError
-from meshd.state import StateFolder
+from meshd.state import FileSignature, StateFolder
 
 USED_FILE = "api-keys-used.json"
 """When each key was used last: prefix -> seconds since 1970. The daemon writes it, so that the keys' own file has one writer."""
 _MAX_BYTES = 1 << 20
 _LOCK = "api-keys"
-
-Signature = tuple[int, int, int]
-"""What changes whenever the file is replaced: its inode's number, its size, and when it was written, in nanoseconds."""
 
 
 class _Content(msgspec.Struct, frozen=True, kw_only=True):
@@ -33,13 +29,9 @@ class KeyFile:
         self._folder = folder
         self._path = folder.path / API_KEYS_FILE
 
-    def signature(self) -> Signature | None:
-        """Return what changes with each change of the file; None if there is no file. Raises: OSError."""
-        try:
-            status = os.stat(self._path)
-        except FileNotFoundError:
-            return None
-        return status.st_ino, status.st_size, status.st_mtime_ns
+    def signature(self) -> FileSignature | None:
+        """See `StateFolder.signature`."""
+        return self._folder.signature(API_KEYS_FILE)
 
     def load(self) -> tuple[ApiKey, ...] | None:
         """Read the keys. Returns: None if there is no file: none has ever been made. Raises: StorageError if it is broken."""

@@ -6,12 +6,13 @@ import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from meshd.api.access.key_file import KeyFile, Signature
+from meshd.api.access.key_file import KeyFile
 from meshd.api.access.keys import ApiKey, digest_of, prefix_of
 from meshd.api.access.limits import Admission, BackgroundAnswer, KeyUse
 from meshd.api.access.scopes import Scope
 from meshd.clock import Clock
 from meshd.errors import MeshdError, StorageError
+from meshd.state import FileSignature
 from meshd.telemetry import Telemetry
 
 log = logging.getLogger(__name__)
@@ -65,12 +66,12 @@ class KeyRing:
         ]
         self._file = file
         self._always_closed = always_closed or default is not None
-        self._signature: Signature | None = None
+        self._signature: FileSignature | None = None
         self._uses: dict[str, KeyUse] = {}
         self._used: dict[str, int] = file.last_used() if file is not None else {}
         self._used_stored = dict(self._used)
         self._to_cancel: list[BackgroundAnswer] = []
-        self._complained: Signature | None = None
+        self._complained: FileSignature | None = None
         if file is not None:
             self._signature = file.signature()
             self._replace(file.load() or ())
@@ -103,7 +104,7 @@ class KeyRing:
         """
         if self._file is None:
             return
-        signature: Signature | None = None
+        signature: FileSignature | None = None
         try:
             signature = self._file.signature()
             if signature != self._signature:

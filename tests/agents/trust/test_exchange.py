@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from in_process.peers import QUICK
-from in_process.trusting import CLOCK, Club, linked, until
+from in_process.peers import QUICK, until
+from in_process.trusting import CLOCK, Club, linked
 from meshd.agents.trust.files import StateFiles
 from meshd.agents.trust.trust import EXCLUDED
 from meshd.errors import ConfigError, InvalidRequest, PeerLost

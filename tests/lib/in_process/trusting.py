@@ -4,11 +4,11 @@ import asyncio
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from in_process.peers import QUICK, WAIT_S
+from in_process.peers import QUICK, until
 from meshd.agents.links.links import Links, LinkSettings
 from meshd.agents.links.open import DialOutcome
 from meshd.agents.observe.events import KeyRotated
@@ -171,10 +171,3 @@ class Club:
 
 def linked(one: Member, other: Member) -> bool:
     return other.id in one.links.peers()
-
-
-async def until(condition: Callable[[], bool], within_s: float = WAIT_S) -> None:
-    """Poll until the condition holds."""
-    async with asyncio.timeout(within_s):
-        while not condition():  # noqa: ASYNC110
-            await asyncio.sleep(0.01)

@@ -2,13 +2,14 @@
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import aiomqtt
 import pytest
 
+from in_process.peers import until
 from meshd.agents.membership.fleet.broker import Broker, BrokerSettings
 from meshd.agents.membership.fleet.topics import PACKET_BYTES
 from meshd.clock import SystemClock
@@ -53,12 +54,6 @@ class User:
         finally:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
-
-
-async def until(condition: Callable[[], object], within_s: float = 15.0) -> None:
-    async with asyncio.timeout(within_s):
-        while not condition():  # noqa: ASYNC110 - what is waited for is in another process
-            await asyncio.sleep(0.02)
 
 
 async def test_a_long_message_is_skipped_and_those_around_it_are_heard(tmp_path: Path) -> None:

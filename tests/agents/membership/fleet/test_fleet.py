@@ -12,6 +12,7 @@ from typing import Any
 import aiomqtt
 import pytest
 
+from in_process.peers import until
 from meshd.agents.membership.fleet.fleet import Fleet, FleetSettings, FleetView
 from meshd.agents.membership.sources import DuplicateIdentity, PeerFound, PeerWithdrawn, Sighting, SourceNotice
 from meshd.agents.observe.events import SessionChanged
@@ -68,12 +69,6 @@ class Member:
 def make_password_file(path: Path, user: str, password: str) -> None:
     path.touch()
     subprocess.run(["mosquitto_passwd", "-b", str(path), user, password], check=True)
-
-
-async def until(condition: Callable[[], object], within_s: float = 15.0) -> None:
-    async with asyncio.timeout(within_s):
-        while not condition():  # noqa: ASYNC110 - what is waited for is in another process
-            await asyncio.sleep(0.02)
 
 
 async def retained(url: str, pattern: str, seconds: float = 0.5) -> dict[str, bytes]:

@@ -11,12 +11,11 @@ from meshd.agents.placement.restart.placements import (
     MAX_PLACED,
     MAX_UNPLACED,
     NAME,
-    InMemory,
     PlacedLayers,
     Placements,
     restored_though_unplaced,
 )
-from meshd.state import StateFolder
+from meshd.state import MemoryFolder, StateFolder
 from meshd.types import LayerRange, ModelId
 
 MODEL = ModelId("a" * 32)
@@ -41,21 +40,21 @@ def test_the_record_survives_a_process_that_is_killed(tmp_path: Path) -> None:
 @pytest.mark.parametrize("data", [b"{", b'{"placed": [{"model": 3}]}', b"\xff" * 100])
 def test_a_torn_record_is_one_warning_and_an_empty_record(data: bytes, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        record = Placements(InMemory([(NAME, data)]))
+        record = Placements(MemoryFolder([(NAME, data)]))
     assert (record.placed, len(caplog.records)) == ((), 1)
     record.add(entry(0, 2))
     record.save()
 
 
 def test_layers_replace_those_that_they_contain() -> None:
-    record = Placements(InMemory())
+    record = Placements(MemoryFolder())
     for layers in ((0, 2), (2, 4), (0, 4), (4, 6)):
         record.add(entry(*layers))
     assert [str(each.layers) for each in record.placed] == ["0-4", "4-6"]
 
 
 def test_unplacing_a_model_ends_all_its_entries_until_it_is_placed_again() -> None:
-    record = Placements(InMemory())
+    record = Placements(MemoryFolder())
     record.add(entry(0, 2))
     record.add(entry(4, 6))
     record.end(MODEL)
@@ -65,7 +64,7 @@ def test_unplacing_a_model_ends_all_its_entries_until_it_is_placed_again() -> No
 
 
 def test_the_record_is_bounded() -> None:
-    folder = InMemory()
+    folder = MemoryFolder()
     record = Placements(folder)
     for number in range(200):
         record.add(entry(0, 1, ModelId(f"{number:032x}")))
@@ -77,7 +76,7 @@ def test_the_record_is_bounded() -> None:
 
 
 def test_a_record_that_did_not_change_is_not_written(tmp_path: Path) -> None:
-    folder = InMemory()
+    folder = MemoryFolder()
     record = Placements(folder)
     record.add(entry(0, 1))
     record.save()
@@ -87,7 +86,7 @@ def test_a_record_that_did_not_change_is_not_written(tmp_path: Path) -> None:
 
 
 def test_a_model_that_was_unplaced_while_a_peer_was_off_is_found_in_what_that_peer_restored() -> None:
-    record = Placements(InMemory())
+    record = Placements(MemoryFolder())
     record.end(MODEL)
     restored = msgspec.structs.replace(held(0, 2, model=MODEL), restored=True)
     adverts = [
@@ -95,4 +94,4 @@ def test_a_model_that_was_unplaced_while_a_peer_was_off_is_found_in_what_that_pe
         msgspec.structs.replace(advert("c"), holdings=(held(2, 4, model=MODEL),)),
     ]
     assert restored_though_unplaced(adverts, record) == [(adverts[0].peer, MODEL)]
-    assert restored_though_unplaced(adverts, Placements(InMemory())) == []
+    assert restored_though_unplaced(adverts, Placements(MemoryFolder())) == []

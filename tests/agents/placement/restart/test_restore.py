@@ -9,10 +9,11 @@ import pytest
 
 from in_process.adverts import CARD, advert, held
 from in_process.clocks import SetClock
-from meshd.agents.placement.restart.placements import InMemory, PlacedLayers, Placements
+from meshd.agents.placement.restart.placements import PlacedLayers, Placements
 from meshd.agents.placement.restart.restore import Restorer
 from meshd.errors import MeshdError, OutOfMemory
 from meshd.protocol.messages import Place
+from meshd.state import MemoryFolder
 from meshd.types import Advert, LayerRange, PeerId
 
 ME = PeerId("me")
@@ -68,7 +69,7 @@ def holder(peer: str, *layers: tuple[int, int], **fields: Any) -> Advert:
 
 
 def restorer(agents: RecordedAgents, adverts: list[Advert], *entries: PlacedLayers) -> Restorer:
-    placements = Placements(InMemory())
+    placements = Placements(MemoryFolder())
     for each in entries:
         placements.add(each)
     loader, placer = cast("Any", agents), cast("Any", agents)

@@ -9,10 +9,11 @@ from typing import Any, cast
 
 from meshd.agents.membership.fleet.devices import DeviceList
 from meshd.agents.membership.peer_table import PeerTable
-from meshd.agents.placement.restart.placements import InMemory, Placements
+from meshd.agents.placement.restart.placements import Placements
 from meshd.agents.supervisor import Supervisor
 from meshd.peer.compose import compose
 from meshd.peer.parts import Parts, PeerSettings, PeerSignals
+from meshd.state import MemoryFolder
 from meshd.types import Capability, ModelCard, PeerId, Rates
 from sim.loop import Owner, SimClock, SimLoop
 from sim.network.links import SimLinks, SimProber
@@ -128,7 +129,7 @@ class SimProcess:
             ),
             weights=weights,
             devices=DeviceList(links, None),
-            placements=Placements(InMemory()),
+            placements=Placements(MemoryFolder()),
             trust=self.trust,
             supervisor=NoRestarts(self.clock),
             router=CountingRouter,

@@ -3,7 +3,6 @@
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-from meshd.agents.placement.restart.placements import InMemory
 from meshd.agents.trust.known_peers import KnownPeers
 from meshd.agents.trust.trust import Trust
 from meshd.clock import Clock
@@ -11,6 +10,7 @@ from meshd.protocol.cluster_key import ClusterKey
 from meshd.protocol.identity import Identity
 from meshd.protocol.owner import OwnerKey
 from meshd.protocol.trust import RotationChain
+from meshd.state import MemoryFolder
 from meshd.types import PeerId
 
 
@@ -21,7 +21,7 @@ class SimTrustFiles:
     key: ClusterKey
     chain: RotationChain
     exclusion: RotationChain | None = None
-    known: InMemory = field(default_factory=InMemory)
+    known: MemoryFolder = field(default_factory=MemoryFolder)
 
     def store(self, key: ClusterKey, chain: RotationChain) -> Identity:
         self.key, self.chain = key, chain
