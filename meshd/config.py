@@ -37,7 +37,7 @@ class Config:
     mqtt_telemetry: float
     """Seconds between two publications of telemetry. 0: neither telemetry nor events are published."""
     mqtt_home_assistant: str
-    """Home Assistant's discovery prefix. Empty: it is told nothing."""
+    """Home Assistant's discovery prefix. Empty: no discovery messages are published."""
     interfaces: tuple[str, ...]
     memory_bytes: int | None
     """The most memory that meshd may use, in bytes. None: all free memory."""

@@ -12,6 +12,7 @@ from meshd.agents.admin.listings import Listings
 from meshd.agents.admin.model_files import ModelFiles
 from meshd.agents.admin.story_collector import StoryCollector
 from meshd.agents.admin.trace_collector import TraceCollector
+from meshd.agents.cluster_service import CheckStep, DoctorRequest, EventLine, InviteStep, PlacementStep, PlaceRequest, PlanRequest
 from meshd.agents.links.pairing.inviter import Inviter
 from meshd.agents.membership.membership import Membership
 from meshd.agents.observe.rows import RowFeed
@@ -19,17 +20,7 @@ from meshd.agents.observe.stream import EventStream
 from meshd.agents.placement.client import PlacementClient
 from meshd.agents.placement.model_library import ModelLibrary
 from meshd.agents.placement.plan_input import plan_input_of
-from meshd.agents.service import (
-    AnswerSecret,
-    CheckStep,
-    DoctorRequest,
-    EventLine,
-    InviteStep,
-    MeshOptions,
-    PlacementStep,
-    PlaceRequest,
-    PlanRequest,
-)
+from meshd.agents.service import AnswerSecret, MeshOptions
 from meshd.agents.session.answer import header_of
 from meshd.agents.session.coordinator import Coordinator
 from meshd.agents.session.journal.keys import session_of
@@ -58,7 +49,7 @@ _SHOWN_MATCHES = 3
 
 @dataclass(slots=True)
 class ClusterView:
-    """Implements `service.ClusterService`."""
+    """Implements `cluster_service.ClusterService`."""
 
     membership: Membership
     library: ModelLibrary
@@ -82,7 +73,7 @@ class ClusterView:
     """Runs the checks of `doctor`."""
 
     def identity(self) -> dict[str, Any]:
-        """See `service.ClusterService.identity`."""
+        """See `cluster_service.ClusterService.identity`."""
         return self.about()
 
     def peers(self) -> list[dict[str, Any]]:
@@ -106,7 +97,7 @@ class ClusterView:
         return self.listings.sessions()
 
     async def events(self, after: int | None) -> AsyncIterator[EventLine]:
-        """See `service.ClusterService.events`."""
+        """See `cluster_service.ClusterService.events`."""
         if after is None:
             await self.rows.refresh()
             after = self.stream.last
@@ -120,7 +111,7 @@ class ClusterView:
                         yield EventLine(None, "row", line)
 
     async def plan(self, request: PlanRequest) -> dict[str, Any]:
-        """See `service.ClusterService.plan`."""
+        """See `cluster_service.ClusterService.plan`."""
         card, preview = await self._card_or_preview(request.model)
         mesh = msgspec.structs.replace(request.mesh, objective=request.mesh.objective or request.objective)
         context = request.context or mesh.context or min(card.spec.context_length, _PROBE_CONTEXT)
@@ -133,91 +124,91 @@ class ClusterView:
         return explained | {"fetch": {"bytes": preview.fetch_bytes, "source": preview.source} if preview else None}
 
     async def place(self, request: PlaceRequest) -> AsyncIterator[PlacementStep]:
-        """See `service.ClusterService.place`."""
+        """See `cluster_service.ClusterService.place`."""
         card = await self._card(request.model)
         mesh = MeshOptions(stages=request.stages, min_peers=request.min_peers, objective=request.objective)
         async for step in self.placer.place(card, mesh, context=request.context):
             yield step
 
     async def unplace(self, model: str) -> int:
-        """See `service.ClusterService.unplace`."""
+        """See `cluster_service.ClusterService.unplace`."""
         return await self.placer.unplace((await self.library.known(model)).id)
 
     def pull(self, model: str) -> AsyncIterator[PullProgress]:
-        """See `service.ClusterService.pull`."""
+        """See `cluster_service.ClusterService.pull`."""
         return self.files.pull(model)
 
     async def remove_model(self, model: str) -> int:
-        """See `service.ClusterService.remove_model`."""
+        """See `cluster_service.ClusterService.remove_model`."""
         return await self.files.remove(model)
 
     async def drain(self, peer: str, *, undo: bool = False, timeout_s: float = 60.0) -> dict[str, Any]:
-        """See `service.ClusterService.drain`."""
+        """See `cluster_service.ClusterService.drain`."""
         target = self._peer(peer, "peer")
         left = await self.drainer.drain(target, undo, timeout_s)
         return {"peer": target, "name": self.membership.name_of(target), "sessions_left": left}
 
     async def migrate(self, session: str, target: str, source: str | None = None) -> dict[str, Any]:
-        """See `service.ClusterService.migrate`."""
+        """See `cluster_service.ClusterService.migrate`."""
         known, to = self._session(session), self._peer(target, "target")
         moved = await self.coordinator.move(known, to, self._peer(source, "source") if source is not None else None)
         return {"session": known, "plan": header_of(moved.plan, self.membership.name_of), "pause_ms": 1000 * moved.pause_s}
 
     async def cancel(self, session: str) -> str:
-        """See `service.ClusterService.cancel`."""
+        """See `cluster_service.ClusterService.cancel`."""
         known = self._session(session)
         await self.coordinator.end(known)
         return known
 
     async def story(self, session: str) -> list[dict[str, Any]]:
-        """See `service.ClusterService.story`."""
+        """See `cluster_service.ClusterService.story`."""
         return await self.story_collector.collect(self._session(session))
 
     async def trace(self, session: str) -> bytes:
-        """See `service.ClusterService.trace`."""
+        """See `cluster_service.ClusterService.trace`."""
         return await self.trace_collector.collect(self._session(session))
 
     def reload(self) -> dict[str, Any]:
-        """See `service.ClusterService.reload`."""
+        """See `cluster_service.ClusterService.reload`."""
         return self.reload_settings()
 
     async def probe_links(self) -> list[dict[str, Any]]:
-        """See `service.ClusterService.probe_links`."""
+        """See `cluster_service.ClusterService.probe_links`."""
         await self.membership.probe_links()
         return self.links()
 
     async def invite(self, minutes: float) -> AsyncIterator[InviteStep]:
-        """See `service.ClusterService.invite`."""
+        """See `cluster_service.ClusterService.invite`."""
         async with aclosing(self.inviter.invite(minutes)) as steps:
             async for step in steps:
                 yield step
 
     def invites(self) -> list[InviteStep]:
-        """See `service.ClusterService.invites`."""
+        """See `cluster_service.ClusterService.invites`."""
         row = self.inviter.row()
         return [row] if row is not None else []
 
     def close_invite(self) -> bool:
-        """See `service.ClusterService.close_invite`."""
+        """See `cluster_service.ClusterService.close_invite`."""
         return self.inviter.close()
 
     async def doctor(self, request: DoctorRequest) -> AsyncIterator[CheckStep]:
-        """See `service.ClusterService.doctor`."""
+        """See `cluster_service.ClusterService.doctor`."""
         async with aclosing(self.checks(request)) as steps:
             async for step in steps:
                 yield step
 
     def cluster_key(self) -> dict[str, Any]:
-        """See `service.ClusterService.cluster_key`."""
+        """See `cluster_service.ClusterService.cluster_key`."""
         return self.exchange.describe()
 
     async def rotate(self, chain: bytes, secret: bytes) -> dict[str, Any]:
-        """See `service.ClusterService.rotate`."""
+        """See `cluster_service.ClusterService.rotate`."""
         await self.exchange.trust.order(chain, secret)
         return self.exchange.describe()
 
     async def give_owner_key(self, peer: str, seed: bytes) -> dict[str, Any]:
-        """See `service.ClusterService.give_owner_key`."""
+        """See `cluster_service.ClusterService.give_owner_key`."""
         target = self._peer(peer, "peer")
         await self.exchange.give_owner_key(target, seed)
         return {"peer": target, "name": self.membership.name_of(target)}

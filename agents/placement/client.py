@@ -10,10 +10,11 @@ from dataclasses import dataclass
 
 import msgspec
 
+from meshd.agents.cluster_service import PlacementStep
 from meshd.agents.links.links import Links
 from meshd.agents.placement.model_library import ModelLibrary
 from meshd.agents.placement.plan_input import CONTEXTS_OF_KV, LEAST_CONTEXT, USUAL_CONTEXT, plan_input_of, repair_input
-from meshd.agents.service import MeshOptions, PlacementStep
+from meshd.agents.service import MeshOptions
 from meshd.clock import Clock
 from meshd.errors import DoesNotFit, MeshdError, NoPeer, OutOfMemory, PeerFault, ProtocolViolation, Unavailable
 from meshd.models.cards import shown_to_peers

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import msgspec
 from aiohttp import web
 
-from meshd.agents.service import ClusterService, DoctorRequest, PlaceRequest, PlanRequest
+from meshd.agents.cluster_service import ClusterService, DoctorRequest, PlaceRequest, PlanRequest
 from meshd.api.http.body import read_body, read_query
 from meshd.api.http.reply import Rows, json_response
 from meshd.api.http.services import SERVICES

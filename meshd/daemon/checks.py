@@ -4,7 +4,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
 from meshd.agents.admin.view import ClusterView
-from meshd.agents.service import CheckStep, DoctorRequest
+from meshd.agents.cluster_service import CheckStep, DoctorRequest
 from meshd.clock import Clock
 from meshd.config import Config
 from meshd.doctor import CHECKS

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from meshd.agents.admin.reach import PeerReach
+from meshd.agents.cluster_service import CheckResult, CheckStatus, CheckStep, PlanRequest
 from meshd.agents.membership.interfaces import Interface, present_interfaces
-from meshd.agents.service import CheckResult, CheckStatus, CheckStep, PlanRequest
 from meshd.clock import Clock
 from meshd.config import Config
 from meshd.errors import MeshdError

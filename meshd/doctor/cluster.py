@@ -5,7 +5,7 @@ import os
 import socket
 
 from meshd.agents.admin.reach import PeerReach
-from meshd.agents.service import CheckResult
+from meshd.agents.cluster_service import CheckResult
 from meshd.display import duration
 from meshd.doctor.check import Context, Found, LivePeer, ok, unchecked, warning, wrong
 from meshd.values import Address, parse_address

@@ -8,10 +8,10 @@ from typing import Annotated
 import msgspec
 
 import meshd
+from meshd.agents.cluster_service import CheckResult
 from meshd.agents.device.memory import usable_cores
 from meshd.agents.device.probe import probe_key
 from meshd.agents.device.probe_record import CACHE_FILE, load_record
-from meshd.agents.service import CheckResult
 from meshd.display import flops, rate
 from meshd.doctor.check import Context, Found, ok, warning, wrong
 from meshd.kernels.registry import ACCELERATED, available_backends

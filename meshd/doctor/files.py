@@ -8,7 +8,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from meshd.agents.service import CheckResult
+from meshd.agents.cluster_service import CheckResult
 from meshd.display import size
 from meshd.doctor.check import Context, Found, ok, warning, wrong
 from meshd.state import read_holder

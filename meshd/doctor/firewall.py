@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
-from meshd.agents.service import CheckResult
+from meshd.agents.cluster_service import CheckResult
 from meshd.doctor.check import CommandOutput, Context, Found, ok, read_text, unchecked, wrong
 from meshd.values import parse_address
 

@@ -4,9 +4,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from meshd.agents.cluster_service import CheckResult, PlanRequest
 from meshd.agents.device.memory import measure_memory
 from meshd.agents.placement.plan_input import USUAL_CONTEXT
-from meshd.agents.service import CheckResult, PlanRequest
 from meshd.display import size
 from meshd.doctor.check import Context, Found, LivePeer, ok, unchecked, warning, wrong
 from meshd.errors import DoesNotFit, MeshdError, StorageError, UnknownModel

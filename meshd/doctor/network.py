@@ -4,6 +4,7 @@ import errno
 
 import psutil
 
+from meshd.agents.cluster_service import CheckResult
 from meshd.agents.device.multicast import PORT, heard_itself, listening
 from meshd.agents.membership.interfaces import (
     InterfaceChoice,
@@ -11,7 +12,6 @@ from meshd.agents.membership.interfaces import (
     choose_interfaces,
     used_addresses,
 )
-from meshd.agents.service import CheckResult
 from meshd.config import require_guarded_api
 from meshd.doctor.check import Context, Found, ok, unchecked, warning, wrong
 from meshd.errors import ConfigError, MeshdError

@@ -6,7 +6,7 @@ from typing import cast
 import pytest
 
 from meshd.agents.admin.view import ClusterView
-from meshd.agents.service import DoctorRequest
+from meshd.agents.cluster_service import DoctorRequest
 from meshd.clock import SystemClock
 from meshd.config import Config
 from meshd.daemon.checks import DaemonChecks

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from meshd.agents.service import CheckResult, CheckStatus
+from meshd.agents.cluster_service import CheckResult, CheckStatus
 from meshd.clock import SystemClock
 from meshd.config import load_config
 from meshd.doctor import CHECKS

@@ -12,7 +12,7 @@ import pytest
 
 import broken_setups
 from broken_setups import Break, Workshop
-from meshd.agents.service import CheckResult, CheckStatus
+from meshd.agents.cluster_service import CheckResult, CheckStatus
 from meshd.doctor.check import Context
 
 SETUPS: tuple[tuple[Break, str, str, str], ...] = (

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from meshd.agents.service import CheckResult, CheckStep
+from meshd.agents.cluster_service import CheckResult, CheckStep
 from meshd.doctor import CHECKS
 from meshd.doctor.check import Check, Context, Found, Runner, ok, run_command
 from meshd.errors import ConfigError

@@ -7,7 +7,7 @@ from typing import Any, cast
 import pytest
 
 from meshd.agents.admin.reach import PeerReach
-from meshd.agents.service import CheckResult
+from meshd.agents.cluster_service import CheckResult
 from meshd.doctor.check import Context, LivePeer
 from meshd.doctor.cluster import judge, notices, peers
 from meshd.protocol.messages import DialAttempt

@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from meshd.agents.service import CheckResult
+from meshd.agents.cluster_service import CheckResult
 from meshd.doctor.check import Context
 from meshd.doctor.compute import NumericsResult, backends, judge, speed
 

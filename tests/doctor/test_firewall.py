@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from meshd.agents.service import CheckResult
+from meshd.agents.cluster_service import CheckResult
 from meshd.doctor.check import CommandOutput, Context, run_command
 from meshd.doctor.firewall import firewall
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from meshd.agents.service import CheckResult
+from meshd.agents.cluster_service import CheckResult
 from meshd.doctor.check import Context
 
 

@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from meshd.agents.cluster_service import InviteState, InviteStep
 from meshd.agents.links.half_open import HalfOpen
 from meshd.agents.links.pairing import channel as channels
 from meshd.agents.links.pairing.channel import PairingChannel
-from meshd.agents.service import InviteState, InviteStep
 from meshd.clock import Clock
 from meshd.errors import InvalidRequest, MeshdError
 from meshd.protocol import transport

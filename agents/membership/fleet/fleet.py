@@ -54,7 +54,7 @@ class FleetSettings:
     telemetry_s: float = 10.0
     """Interval of telemetry in seconds. 0: neither telemetry nor events."""
     home_assistant: str = ""
-    """Home Assistant's discovery prefix. Empty: it is told nothing."""
+    """Home Assistant's discovery prefix. Empty: no discovery messages are published."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

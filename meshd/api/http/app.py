@@ -9,7 +9,8 @@ from typing import Literal
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
-from meshd.agents.service import ClusterService, Coordinator
+from meshd.agents.cluster_service import ClusterService
+from meshd.agents.service import Coordinator
 from meshd.api.access.ring import KeyRing
 from meshd.api.http.body import drop_broken_body
 from meshd.api.http.connections import CONNECTIONS, Connections

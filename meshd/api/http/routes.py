@@ -5,7 +5,7 @@ from typing import Any
 
 import msgspec
 
-from meshd.agents.service import CheckStep, DoctorRequest, InviteStep, PlacementStep, PlaceRequest, PlanRequest
+from meshd.agents.cluster_service import CheckStep, DoctorRequest, InviteStep, PlacementStep, PlaceRequest, PlanRequest
 from meshd.api import cluster_key, health, mesh
 from meshd.api.http.reply import Rows
 from meshd.api.mesh import Handler

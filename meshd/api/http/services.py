@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 from aiohttp import web
 
-from meshd.agents.service import ClusterService, Coordinator
+from meshd.agents.cluster_service import ClusterService
+from meshd.agents.service import Coordinator
 from meshd.api.access.limits import CURRENT
 from meshd.clock import Clock
 from meshd.errors import Cancelled

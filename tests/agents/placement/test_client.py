@@ -10,9 +10,10 @@ from in_process.adverts import CARD, advert, held
 from in_process.clusters import MODEL, make_holding, make_peer
 from in_process.peers import Peer, Peers
 from in_process.placing import Cluster
+from meshd.agents.cluster_service import PlacementStep
 from meshd.agents.placement.client import PlacementClient
 from meshd.agents.placement.plan_input import CONTEXTS_OF_KV
-from meshd.agents.service import MeshOptions, PlacementStep
+from meshd.agents.service import MeshOptions
 from meshd.clock import SystemClock
 from meshd.errors import DoesNotFit, ModelFileError, NoPeer, OutOfMemory, PeerFault, RemoteFailure, Unavailable
 from meshd.protocol.messages import Unplace, Unplaced

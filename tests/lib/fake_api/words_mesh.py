@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from meshd.agents.service import (
+from meshd.agents.cluster_service import (
     CheckResult,
     CheckStatus,
     CheckStep,

@@ -6,9 +6,9 @@ from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from meshd.agents.cluster_service import InviteStep
 from meshd.agents.links.pairing.inviter import Inviter, InviterSettings
 from meshd.agents.links.pairing.joiner import Candidate, Joiner
-from meshd.agents.service import InviteStep
 from meshd.clock import SystemClock
 from meshd.protocol.pairing.code import InviteCode
 from meshd.protocol.pairing.messages import Invitation
