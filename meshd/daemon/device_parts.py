@@ -51,16 +51,8 @@ def device_parts(
     capability = measured.capability
     folder, signals, table = StateFolder.open(config.state), PeerSignals(), PeerTable()
     incarnation = int.from_bytes(clock.random_bytes(8), "big") >> 1
-    peer_links = Links(
-        identity,
-        config.name,
-        incarnation,
-        _link_settings(config, sockets, shares),
-        clock,
-        on_up=signals.link_up,
-        on_down=signals.link_down,
-        on_outcome=signals.dialled,
-    )
+    settings = _link_settings(config, sockets, shares)
+    peer_links = _links(identity, config.name, incarnation, settings, clock, signals)
     prober = LinkProber(
         peer_links, clock, on_change=signals.changed, on_round_trip=lambda peer, seconds: telemetry.hop(peer, seconds / 2)
     )
@@ -112,6 +104,19 @@ def _peer_settings(config: Config) -> PeerSettings:
         queue_limit=config.queue_limit,
         queue_wait_s=_QUEUE_WAIT_S,
         outputs_limit_bytes=_OUTPUTS_BYTES,
+    )
+
+
+def _links(identity: Identity, name: str, incarnation: int, settings: LinkSettings, clock: Clock, signals: PeerSignals) -> Links:
+    return Links(
+        identity,
+        name,
+        incarnation,
+        settings,
+        clock,
+        on_up=signals.link_up,
+        on_down=signals.link_down,
+        on_outcome=signals.dialled,
     )
 
 

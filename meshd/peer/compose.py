@@ -66,7 +66,6 @@ def compose(parts: Parts) -> Peer:
     coordinator = _coordinator(parts, router, preload, journal, deputy, locator, membership, drainer, story, spans)
     listings = Listings(membership, library, coordinator, stages, PlanRows(adverts, names))
     rows = RowFeed(events, listings.by_key, clock)
-    limiter = RateLimiter(clock, busy=lambda: stages.sessions > 0, link_stats=parts.prober.stats)
     restorer = Restorer(me=parts.me, placements=parts.placements, loader=loader, placer=placer, adverts=adverts, clock=clock)
     peer = Peer(
         events=events,
@@ -81,7 +80,7 @@ def compose(parts: Parts) -> Peer:
         membership=membership,
         devices=parts.devices,
         loader=loader,
-        weight_server=WeightServer(links, library, limiter),
+        weight_server=_weight_server(parts, stages),
         placer=placer,
         router=router,
         preload=preload,
@@ -105,6 +104,11 @@ def compose(parts: Parts) -> Peer:
     _subscribe(parts, memory, peer)
     _measure(parts, memory, peer)
     return peer
+
+
+def _weight_server(parts: Parts, stages: StageHost) -> WeightServer:
+    limiter = RateLimiter(parts.clock, busy=lambda: stages.sessions > 0, link_stats=parts.prober.stats)
+    return WeightServer(parts.links, parts.library, limiter)
 
 
 def _exchange(parts: Parts, membership: Membership) -> TrustExchange:
