@@ -142,7 +142,7 @@ def _api_key(state: Path, *, renew: bool) -> str:
     present = folder.read(API_KEY_FILE)
     if present and not renew:
         return present.decode().strip()
-    generated = secrets.token_urlsafe(24)
+    generated = secrets.token_hex(24)  # no "-" at its beginning, which `--api-key KEY` would take for a flag
     folder.write(API_KEY_FILE, f"{generated}\n".encode())
     return generated
 
