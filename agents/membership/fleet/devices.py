@@ -86,7 +86,7 @@ class DeviceList:
         self._devices = load_devices(folder) if folder is not None else {}
         self._told = self._devices
         """The list that all linked peers were sent."""
-        self._seen = self._signature()
+        self._stamp = self._read_stamp()
         self._received: Devices = {}
         """Devices from other peers that are not stored yet."""
         self._changed = asyncio.Event()
@@ -112,7 +112,7 @@ class DeviceList:
                 async with asyncio.timeout(_LOOK_S if self._folder is not None else None):
                     await self._changed.wait()
             except TimeoutError:
-                if self._signature() == self._seen:
+                if self._read_stamp() == self._stamp:
                     continue
             self._changed.clear()
             self._tell()
@@ -124,14 +124,14 @@ class DeviceList:
     async def _store(self, folder: StateFolder) -> None:
         """Store what other peers have sent, and read what the command line has changed. Raises: StorageError."""
         received, self._received = self._received, {}
-        signature = self._signature()
+        stamp = self._read_stamp()
         try:
             devices = await asyncio.to_thread(update_devices, folder, partial(_with, received))
         except StorageError:
             self._received = merge(received, self._received.values())
             raise
         # Read before the update, so that a change of the command line during it is seen. An own change causes one more look.
-        self._seen = signature
+        self._stamp = stamp
         self._devices = merge(devices, self._received.values())
 
     def _tell(self) -> None:
@@ -147,7 +147,7 @@ class DeviceList:
             self._devices = merged  # a revocation counts at once, not only when it is stored
             self._changed.set()
 
-    def _signature(self) -> FileSignature | None:
+    def _read_stamp(self) -> FileSignature | None:
         with suppress(OSError):
             return self._folder.signature(DEVICES_FILE) if self._folder is not None else None
         return None
