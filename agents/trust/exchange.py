@@ -61,6 +61,7 @@ class TrustExchange:
         self._publish = publish
         trust.on_adopted = self._adopted
         trust.on_excluded = self._excluded
+        trust.on_confirmed = self._belongs
 
     def register(self) -> None:
         """Register the handlers of messages, and the desk for returning peers."""
@@ -197,9 +198,13 @@ class TrustExchange:
         for peer in self._links.peers():
             self._tell(peer, Answer(secret=trust.key.secret if peer in staying else b""))
         self._links.change_key(identity, trust.belongs, f"it was excluded from the cluster by {title(trust.chain.last)}")
+        self._belongs()
+        self._publish_rotation(trust.chain.last, excluded=False)
+
+    def _belongs(self) -> None:
+        """This peer has the present key: dial as usual."""
         self._links.dial_rarely(False)
         self._withdraw("excluded")
-        self._publish_rotation(trust.chain.last, excluded=False)
 
     def _excluded(self) -> None:
         """Tell the user that this device was excluded, and hardly dial any more."""

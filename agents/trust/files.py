@@ -11,7 +11,8 @@ from meshd.protocol.trust import RotationChain
 from meshd.state import StateFolder
 
 EXCLUDED_FILE = "excluded"
-"""The chain of rotations that shows that this device was excluded."""
+"""The chain of rotations that shows that this device was excluded, after the public key of the authority that it had then."""
+_AUTHORITY_BYTES = 32
 
 
 class TrustFiles(Protocol):
@@ -25,8 +26,8 @@ class TrustFiles(Protocol):
         """
         ...
 
-    def store_exclusion(self, chain: RotationChain) -> None:
-        """Store the rotations that exclude this peer. Raises: StorageError."""
+    def store_exclusion(self, key: ClusterKey, chain: RotationChain) -> None:
+        """Store the rotations that exclude this peer as long as it has this key. Raises: StorageError."""
         ...
 
     def store_owner(self, founder: bytes, key: OwnerKey) -> None:
@@ -49,9 +50,9 @@ class StateFiles:
         store_cluster_key(self._folder, key, chain)
         return load_identity(self._folder, key, self._clock.random_bytes)
 
-    def store_exclusion(self, chain: RotationChain) -> None:
+    def store_exclusion(self, key: ClusterKey, chain: RotationChain) -> None:
         """See `TrustFiles.store_exclusion`."""
-        self._folder.write(EXCLUDED_FILE, chain.encode())
+        self._folder.write(EXCLUDED_FILE, key.issuer.public + chain.encode())
 
     def store_owner(self, founder: bytes, key: OwnerKey) -> None:
         """See `TrustFiles.store_owner`."""
@@ -63,9 +64,11 @@ def load_exclusion(folder: StateFolder, key: ClusterKey) -> RotationChain | None
 
     Returns: None if there are none, or the device has joined again since, or another cluster.
     """
+    data = folder.read(EXCLUDED_FILE) or b""
+    if data[:_AUTHORITY_BYTES] != key.issuer.public:
+        return None
     try:
-        data = folder.read(EXCLUDED_FILE)
-        chain = RotationChain.decode(key.owner, data) if data else None
+        chain = RotationChain.decode(key.owner, data[_AUTHORITY_BYTES:])
     except MeshdError:
-        return None  # of another cluster, whose owner this one does not know
-    return chain if chain is not None and chain.generation > key.generation else None
+        return None  # a torn file: the next peer that it dials tells it again
+    return chain if chain.last is not None else None

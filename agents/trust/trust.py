@@ -64,6 +64,8 @@ class Trust:
         """Called when another key has been stored."""
         self.on_excluded: Callable[[], None] = lambda: None
         """Called when it is found that this peer was excluded, or its join code is outdated."""
+        self.on_confirmed: Callable[[], None] = lambda: None
+        """Called when it is found that the join code is not outdated after all."""
         known.keep = self.belongs
         self._files = files
         self._lock = asyncio.Lock()
@@ -169,6 +171,9 @@ class Trust:
     async def _confirm(self, chain: RotationChain) -> None:
         await asyncio.to_thread(self._files.store, self.key, chain)
         self.chain = chain
+        if self.outdated:  # a past member with an owner key of before said so
+            self.outdated = False
+            self.on_confirmed()
 
     async def _adopt(self, key: ClusterKey, chain: RotationChain) -> None:
         # The key is stored before it is used: after a crash this peer must not come back with the old one only.
@@ -180,7 +185,7 @@ class Trust:
     async def _be_excluded(self, chain: RotationChain) -> None:
         if self.exclusion is not None and self.exclusion.standing_of(chain) is not Standing.NEWER:
             return
-        await asyncio.to_thread(self._files.store_exclusion, chain)
+        await asyncio.to_thread(self._files.store_exclusion, self.key, chain)
         self.exclusion = chain
         log.warning("%s: %s", SELF_EXCLUDED, title(chain.last))
         self.on_excluded()

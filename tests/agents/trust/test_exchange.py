@@ -182,6 +182,21 @@ async def test_a_device_with_the_new_code_joins_and_with_the_old_one_is_told(clu
     assert late.trust.exclusion is None
 
 
+async def test_a_newcomer_that_a_past_owner_misled_dials_as_usual_once_a_member_has_confirmed_its_key(club: Club) -> None:
+    a, b = club.start("a"), club.start("b")
+    await club.together(a, b)
+    await club.rotate(a, b)
+    new = club.start("new", a.trust.key)
+    record, _ = club.record(a, [a.id])
+    await new.trust.hear(b.id, RotationChain(club.first_key.owner, (record,)).encode(), b"", linked=False)
+    assert new.trust.outdated
+    assert new.links._dialler.rarely
+    a.dial(new)
+    await until(lambda: linked(new, a) and not new.trust.unconfirmed)
+    assert not new.trust.outdated
+    assert not new.links._dialler.rarely
+
+
 async def test_a_member_without_the_owner_key_can_not_rotate(club: Club) -> None:
     a, b, x = (club.start(name) for name in "abx")
     await club.together(a, b, x)

@@ -20,21 +20,21 @@ class SimTrustFiles:
 
     key: ClusterKey
     chain: RotationChain
-    exclusion: RotationChain | None = None
+    exclusion: tuple[ClusterKey, RotationChain] | None = None
     known: MemoryFolder = field(default_factory=MemoryFolder)
 
     def store(self, key: ClusterKey, chain: RotationChain) -> Identity:
         self.key, self.chain = key, chain
         return cast("Identity", cast("Any", key))  # `SimLinks` needs no more of an identity than its key
 
-    def store_exclusion(self, chain: RotationChain) -> None:
-        self.exclusion = chain
+    def store_exclusion(self, key: ClusterKey, chain: RotationChain) -> None:
+        self.exclusion = key, chain
 
     def store_owner(self, founder: bytes, key: OwnerKey) -> None:
         raise NotImplementedError
 
     def load(self, me: PeerId, clock: Clock) -> Trust:
         """Load what the peer knew when it ran last."""
-        valid = self.exclusion is not None and self.exclusion.generation > self.key.generation
+        excluded = self.exclusion[1] if self.exclusion is not None and self.exclusion[0] == self.key else None
         known = KnownPeers(self.known, clock)
-        return Trust(me, self.key, self.chain, self, known, exclusion=self.exclusion if valid else None)
+        return Trust(me, self.key, self.chain, self, known, exclusion=excluded)
