@@ -201,26 +201,35 @@ async def _measure(key: ProbeKey, folder: Path, clock: Clock, progress: Progress
 async def _try(backend: str, threads: int, budget_s: float, deadline_s: float) -> BackendTrial:
     """Measure one backend in its own process for about `budget_s`. Returns: rates or an error. Cancel: the process is killed."""
     meter = EnergyMeter()
-    arguments = ("-m", "meshd.agents.device.probe", backend, str(threads), str(budget_s))
-    # The process runs in the folder that contains meshd: there it can import meshd, and no file of the user shadows a module.
+    try:
+        status, output, stderr = await run_module("meshd.agents.device.probe", backend, threads, budget_s, deadline_s=deadline_s)
+    except TimeoutError:
+        return BackendTrial(backend=backend, error=f"no result after {deadline_s:.0f} s")
+    return read_trial(backend, status, output, stderr, meter.mean_w())
+
+
+async def run_module(module: str, *arguments: object, deadline_s: float) -> tuple[int, bytes, bytes]:
+    """Run a module of meshd in a process of its own.
+
+    Returns: its exit status, and what it printed to standard output and standard error.
+    Raises: TimeoutError after `deadline_s`. Then, and on a cancel, the process is killed.
+    """
     process = await asyncio.create_subprocess_exec(
         sys.executable,
-        *arguments,
-        cwd=Path(meshd.__file__).parent.parent,
+        *("-m", module, *map(str, arguments)),
+        cwd=Path(meshd.__file__).parent.parent,  # there it can import meshd, and no file of the user shadows a module
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
     )
     try:
         async with asyncio.timeout(deadline_s):
-            output, stderr = await process.communicate()
-    except TimeoutError:
-        return BackendTrial(backend=backend, error=f"no result after {deadline_s:.0f} s")
+            output, errors = await process.communicate()
     finally:
         if process.returncode is None:
             process.kill()
             await process.wait()
-    return read_trial(backend, process.returncode or 0, output, stderr, meter.mean_w())
+    return process.returncode or 0, output, errors
 
 
 def read_trial(backend: str, status: int, output: bytes, stderr: bytes, power_w: float | None) -> BackendTrial:

@@ -1,16 +1,13 @@
 """Checks of the backends: that each computes, computes right, and how fast the device was measured to be."""
 
-import asyncio
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import msgspec
 
-import meshd
 from meshd.agents.cluster_service import CheckResult
 from meshd.agents.device.memory import usable_cores
-from meshd.agents.device.probe import probe_key
+from meshd.agents.device.probe import probe_key, run_module
 from meshd.agents.device.probe_record import CACHE_FILE, load_record
 from meshd.display import flops, rate
 from meshd.doctor.check import Context, Found, ok, warning, wrong
@@ -55,24 +52,11 @@ async def backends(context: Context) -> Found:
 async def _numerics(name: str, installed: tuple[str, ...]) -> CheckResult:
     others = [each for each in installed if not name.startswith(each)]
     mend = f"start `meshd up` with `--backend {others[0]}`" if others else f"{sys.executable} -m pip install --upgrade meshd-edge"
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        *("-m", "meshd.doctor.numerics", name, "1"),
-        cwd=Path(meshd.__file__).parent.parent,
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-    )
     try:
-        async with asyncio.timeout(NUMERICS_S):
-            output, errors = await process.communicate()
+        status, output, errors = await run_module("meshd.doctor.numerics", name, 1, deadline_s=NUMERICS_S)
     except TimeoutError:
         return wrong("backend", f"{name} did not compute a small network within {NUMERICS_S:.0f} s", mend, name)
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
-    return judge(name, output, errors, process.returncode or 0, mend)
+    return judge(name, output, errors, status, mend)
 
 
 def judge(name: str, output: bytes, errors: bytes, status: int, mend: str) -> CheckResult:
