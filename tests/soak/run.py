@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from http.client import HTTPException
 from pathlib import Path
 from statistics import linear_regression, median
+from typing import TextIO
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "lib"))
 
@@ -79,8 +80,9 @@ class Life:
 class Soak:
     """One run."""
 
-    def __init__(self, mesh: Mesh, minutes: float, restart_every_s: float) -> None:
+    def __init__(self, mesh: Mesh, minutes: float, restart_every_s: float, table: TextIO) -> None:
         self._mesh = mesh
+        self._table = table
         self._until = time.monotonic() + 60 * minutes
         self._restart_every_s = restart_every_s
         self._in_service = {host.name for host in mesh}
@@ -160,6 +162,7 @@ class Soak:
                     memory = host.resident_bytes()
                     if memory:
                         life.add(time.monotonic(), memory, descriptors)
+                        self._table.write(f"{time.time():.0f},{name},{host.process.pid},{self.answers},{memory},{descriptors}\n")
 
     def _ask_always(self, seed: int) -> None:
         chance = random.Random(seed)
@@ -191,13 +194,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--restart-every", type=float, default=240.0, metavar="S")
-    parser.add_argument("--keep", type=Path, metavar="DIR", help="folder of state and logs, which stays")
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="folder of state, logs and samples, which stays")
     given = parser.parse_args()
     pull_model()
     with contextlib.ExitStack() as stack:
         folder = given.keep or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         mesh = stack.enter_context(running(LocalSite(3), folder, ("--copies", "2", "--drain-timeout", "60")))
-        problems = Soak(mesh, given.minutes, given.restart_every).go()
+        table = stack.enter_context((folder / "samples.csv").open("w", buffering=1))
+        table.write("time,daemon,process,answers,memory,descriptors\n")
+        problems = Soak(mesh, given.minutes, given.restart_every, table).go()
         for problem in problems[:50]:
             print(f"PROBLEM: {problem}")
     return bool(problems)

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from meshd.models.store.store import Store
-from real_daemons.cluster import MODEL, Cluster, Daemon
+from real_daemons.cluster import MODEL, Cluster, Daemon, wait_for
 
 NAMES = ("desk", "attic", "laptop")
 SPLIT = "attic:0-16,laptop:16-30"
+LAYERS = 30
 
 
 def own_cache(cache: Path, folder: Path) -> Path:
@@ -36,15 +37,24 @@ def _link(source: str, target: str) -> None:
 
 @contextmanager
 def three_peers(root: Path, cache: Path) -> Iterator[Cluster]:
-    """Run three daemons inside the block, with the model split over two of them."""
+    """Run three daemons inside the block, with the model split over two of them and a standby copy of each layer."""
     cluster = Cluster(root, cache)
     try:
-        cluster.start(*NAMES)
+        cluster.start(*NAMES, flags=("--copies", "2"))
         cluster.see_each_other()
         cluster.place("desk", stages=SPLIT)
+        desk = cluster["desk"]
+        wait_for(lambda: _layers_held(desk) == 2 * LAYERS, "a standby copy of each layer", desk)
         yield cluster
     finally:
         cluster.close()
+
+
+def _layers_held(daemon: Daemon) -> int:
+    """Count the layers of the model in active copies, on all peers."""
+    model = next(row for row in daemon.rows("models") if row["name"] == MODEL)
+    ranges = [each["layers"].split("-") for each in model["holdings"] if each["state"] == "active"]
+    return sum(int(end) - int(begin) for begin, end in ranges)
 
 
 class Answering:
