@@ -6,7 +6,7 @@
 
 TORCH ?= torch==2.13.0
 MODELS ?= smollm2:135m gemma3:270m
-PYTEST ?= -m 'not slow'
+PYTEST ?= -m 'not slow and not netlab'
 CHAOS ?= --seed 1 --peers 5 --clients 4 --faults 200
 CHAOS_SHORT ?= --seed 20 --faults 12 --short --minutes 3
 SIM ?= --seeds 0..2000 --faults 6
@@ -23,7 +23,7 @@ ENOUGH = import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13 python3.14 python; do \
 	"$$python" -c '$(ENOUGH)' 2>/dev/null && echo "$$python" && break; done)
 
-.PHONY: install demo test check diagrams formats screenshots bench bench-short chaos chaos-short sim sim-days soak soak-short fuzz wheel clean
+.PHONY: install demo test netlab check diagrams formats screenshots bench bench-short chaos chaos-short sim sim-days soak soak-short fuzz wheel clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/installed
@@ -34,6 +34,11 @@ demo: $(VENV)/installed
 test: $(VENV)/installed $(VENV)/group-test
 	for model in $(MODELS); do $(BIN)/meshd pull $$model || exit; done
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST)
+
+# Real daemons on several hosts, made of network namespaces: needs root.
+netlab: $(VENV)/installed $(VENV)/group-test
+	$(BIN)/meshd pull smollm2:135m
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -rs tests/netlab
 
 check: $(VENV)/installed $(VENV)/group-test $(VENV)/group-check
 	$(BIN)/ruff check .
