@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from meshd.cli.support.answering import notice
 from meshd.cli.support.arguments import Parser, settings_of
-from meshd.cli.support.client import Daemon, running_api
+from meshd.cli.support.client import Daemon, local_daemon
 from meshd.cli.support.output import print_json, show, table
 from meshd.cli.support.progress import progress
 from meshd.display import plural, short_id
@@ -110,10 +110,10 @@ def _device(args: Namespace) -> _Device:
             "this device can't exclude others: it does not have the owner key of the cluster",
             hint="use the device that founded the cluster, or copy the key from there with `meshd key owner add`",
         )
-    api = running_api(settings)
-    if api is None:
+    daemon = local_daemon(settings)
+    if daemon is None:
         raise Unavailable("no daemon runs here, which would tell the other devices", hint="start it with `meshd up`")
-    return _Device(folder, owner, key, chain, Daemon(api, settings["api-key"].value))
+    return _Device(folder, owner, key, chain, daemon)
 
 
 def _resolve(text: str, known: Row) -> Row:

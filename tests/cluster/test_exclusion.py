@@ -206,3 +206,5 @@ def test_nobody_is_excluded_without_an_answer(cluster: Cluster) -> None:
     with pytest.raises(urllib.error.HTTPError):
         cluster["a"].post("/mesh/v1/key", {"rotation": "", "key": "00" * 32})
     assert generation(cluster["a"]) == 0
+    assert key_command(cluster["a"], "api", "add", "phone").returncode == 0
+    assert rotate(cluster["a"], "rotate")["generation"] == 1, "this user's commands need no API key"

@@ -165,6 +165,16 @@ def daemon_of(args: Namespace) -> Daemon:
     return Daemon(api_url(settings), api_key(settings))
 
 
+def local_daemon(settings: Settings) -> Daemon | None:
+    """Return a client of the daemon that uses the state folder, with its local key; None if none runs, or it does not listen yet."""
+    from meshd.state import read_holder
+
+    holder = read_holder(settings["state"].value)
+    if holder is None or not holder.api:
+        return None
+    return Daemon(url_of(parse_address(holder.api, API_PORT)), holder.key or settings["api-key"].value)
+
+
 def api_key(settings: Settings) -> str | None:
     """Return the API key to send: that of a flag or the environment, else the local one of the daemon that uses the state folder.
 

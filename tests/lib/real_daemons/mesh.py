@@ -139,11 +139,11 @@ class Host:
         return True
 
     def resident_bytes(self) -> int:
+        """Return the daemon's resident memory without mapped files: their pages grow with each word that is new, and the system
+        takes them back when it needs them."""
         assert self.process is not None
-        for line in Path(f"/proc/{self.process.pid}/status").read_text().splitlines():
-            if line.startswith("VmRSS:"):
-                return int(line.split()[1]) * 1024
-        return 0
+        lines = Path(f"/proc/{self.process.pid}/status").read_text().splitlines()
+        return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(("RssAnon:", "RssShmem:")))
 
     def sockets(self) -> int:
         assert self.process is not None
