@@ -10,7 +10,7 @@ import msgspec
 
 from meshd.cli.support.answering import notice
 from meshd.cli.support.arguments import Parser, add_commands, add_json, add_state, settings_of
-from meshd.cli.support.output import print_json
+from meshd.cli.support.output import print_json, show, table
 from meshd.errors import ConfigError, StorageError
 from meshd.protocol.identity import ClusterKey, load_cluster_key
 from meshd.state import StateFolder, read_holder
@@ -122,10 +122,15 @@ def _list(folder: StateFolder, cluster: ClusterKey, *, as_json: bool) -> None:
     if as_json:
         print_json({"object": "list", "data": rows})
         return
-    for device, row in zip(devices, rows, strict=True):
-        print(f"{device.name:<20} {device.serial}  {time.strftime('%Y-%m-%d', time.localtime(device.added))}  {row['state']}")
     if not rows:
         notice("no device has a key; `meshd key mqtt add NAME` makes one")
+        return
+    cells = ([device.name, device.serial, _day(device.added), str(row["state"])] for device, row in zip(devices, rows, strict=True))
+    show(table(("NAME", "SERIAL", "ADDED", "STATE"), cells))
+
+
+def _day(at: float) -> str:
+    return time.strftime("%Y-%m-%d", time.localtime(at))
 
 
 def _state(device: MqttDevice, cluster: ClusterKey) -> str:

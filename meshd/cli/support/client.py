@@ -166,7 +166,7 @@ def daemon_of(args: Namespace) -> Daemon:
 
 
 def local_daemon(settings: Settings) -> Daemon | None:
-    """Return a client of the daemon that uses the state folder, with its local key; None if none runs, or it does not listen yet."""
+    """Return a client of the daemon that uses the state folder, with its local key; None if none runs or listens yet."""
     from meshd.state import read_holder
 
     holder = read_holder(settings["state"].value)
