@@ -5,12 +5,11 @@ import ssl
 import struct
 from contextlib import ExitStack
 from dataclasses import dataclass
-from urllib.parse import unquote, urlsplit
 
 from meshd.doctor.check import Context, Found, ok, wrong
+from meshd.values import BrokerUrl
 
 CONNECT_S = 5.0
-_PORTS = {"mqtt": 1883, "mqtts": 8883}
 _REFUSALS = {
     1: "it does not speak MQTT 3.1.1",
     2: "it refuses this client's id",
@@ -30,39 +29,35 @@ class BrokerTrouble(Exception):
 
 
 def broker(context: Context) -> Found:
-    """Check the broker, if one is set."""
-    url = getattr(context.config, "mqtt", None)
-    if not url:
-        return [ok("broker", "none is set (--mqtt)")]
-    shown = shown_url(str(url))
+    """Check the broker, if one is used."""
+    config = context.config
+    if config.mqtt is None or "mqtt" not in config.discovery:
+        return [ok("broker", "none is used (--mqtt)")]
     try:
-        greet(str(url))
+        greet(config.mqtt, str(config.mqtt_ca or ""))
     except BrokerTrouble as trouble:
-        return [wrong("broker", f"{shown}: {trouble.found}", trouble.mend)]
-    return [ok("broker", f"{shown} lets this device in")]
+        return [wrong("broker", f"{config.mqtt}: {trouble.found}", trouble.mend)]
+    return [ok("broker", f"{config.mqtt} lets this device in")]
 
 
-def shown_url(url: str) -> str:
-    """Returns: the address without the password."""
-    parts = urlsplit(url)
-    return f"{parts.scheme}://{parts.hostname}:{parts.port or _PORTS.get(parts.scheme, '')}"
-
-
-def greet(url: str) -> None:
+def greet(url: BrokerUrl, ca_file: str = "") -> None:
     """Connect to a broker, say CONNECT with a clean session, read CONNACK, and leave. Raises: BrokerTrouble."""
-    parts = urlsplit(url)
-    if parts.scheme not in _PORTS or not parts.hostname:
-        raise BrokerTrouble("that is no address of a broker", "write it as `--mqtt mqtts://HOST:8883`")
-    port = parts.port or _PORTS[parts.scheme]
     with ExitStack() as stack:
         try:
-            plain = stack.enter_context(socket.create_connection((parts.hostname, port), CONNECT_S))
-            stream = plain if parts.scheme == "mqtt" else stack.enter_context(_secured(plain, parts.hostname))
-            stream.sendall(connect_packet(unquote(parts.username or ""), unquote(parts.password or "")))
+            context = ssl.create_default_context(cafile=ca_file or None) if url.tls else None
+        except OSError as error:
+            raise BrokerTrouble(
+                f"{ca_file} holds no certificate that can be read: {error.strerror or error}", "check --mqtt-ca"
+            ) from error
+        try:
+            stream = stack.enter_context(socket.create_connection((url.host, url.port), CONNECT_S))
+            if context is not None:
+                stream = stack.enter_context(context.wrap_socket(stream, server_hostname=url.host))
+            stream.sendall(connect_packet(url.user, url.password))
             answer = _read(stream, 4)
             stream.sendall(b"\xe0\x00")  # DISCONNECT
         except ssl.SSLCertVerificationError as error:
-            mend = f"give the broker a certificate for {parts.hostname} that this device trusts"
+            mend = f"give the broker a certificate for {url.host}, and its authority to `meshd up` with --mqtt-ca FILE"
             raise BrokerTrouble(f"its certificate is not good: {error.verify_message}", mend) from error
         except ssl.SSLError as error:
             raise BrokerTrouble(
@@ -71,11 +66,11 @@ def greet(url: str) -> None:
         except socket.gaierror as error:
             raise BrokerTrouble(f"its name is not known: {error.strerror}", "check --mqtt, or write an IP address") from error
         except ConnectionRefusedError as error:
-            mend = f"start the broker (`sudo systemctl start mosquitto` on {parts.hostname}), or check the port in --mqtt"
+            mend = f"start the broker (`sudo systemctl start mosquitto` on {url.host}), or check the port in --mqtt"
             raise BrokerTrouble("it does not run: connection refused", mend) from error
         except OSError as error:
             found = "it does not answer in time" if isinstance(error, TimeoutError) else str(error.strerror or error)
-            raise BrokerTrouble(found, f"check --mqtt, and the firewall of {parts.hostname}") from error
+            raise BrokerTrouble(found, f"check --mqtt, and the firewall of {url.host}") from error
     if answer[:2] != b"\x20\x02":
         raise BrokerTrouble("what answers there is no MQTT broker", "check the port in --mqtt")
     if answer[3]:
@@ -104,10 +99,6 @@ def _length(count: int) -> bytes:
         encoded.append(digit | (0x80 if count else 0))
         if not count:
             return bytes(encoded)
-
-
-def _secured(plain: socket.socket, host: str) -> ssl.SSLSocket:
-    return ssl.create_default_context().wrap_socket(plain, server_hostname=host)
 
 
 def _read(stream: socket.socket, count: int) -> bytes:

@@ -58,7 +58,7 @@ def discovery(context: Context) -> Found:
     ways = ["mDNS"] if "mdns" in config.discovery else []
     if "static" in config.discovery and config.peers:
         ways.append(f"--peer ({len(config.peers)})")
-    ways += ["MQTT"] if getattr(config, "mqtt", None) else []
+    ways += ["MQTT"] if "mqtt" in config.discovery and config.mqtt else []
     if ways:
         return [ok("discovery", f"peers are found by {' and '.join(ways)}")]
     if context.peer is not None and context.peer.linked():

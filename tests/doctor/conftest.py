@@ -4,12 +4,11 @@ import asyncio
 import os
 import socket
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from meshd.agents.cluster_service import CheckResult, CheckStatus
+from meshd.agents.cluster_service import CheckResult
 from meshd.clock import SystemClock
 from meshd.config import load_config
 from meshd.doctor import CHECKS
@@ -59,13 +58,3 @@ def diagnose() -> Diagnose:
         return [result async for step in Runner(QUICK).run(context) for result in step.results]
 
     return lambda context: asyncio.run(run(context))
-
-
-def faults(results: list[CheckResult]) -> dict[str, CheckResult]:
-    """Return what is wrong or warned of, by the check's id."""
-    return {result.check: result for result in results if result.status in (CheckStatus.WRONG, CheckStatus.WARNING)}
-
-
-def changed(context: Context, **values: object) -> Context:
-    """Change settings."""
-    return replace(context, config=replace(context.config, **values))  # type: ignore[arg-type]

@@ -28,7 +28,7 @@ from meshd.models.store.index import Index, StoredModel
 from meshd.protocol.identity import CERTIFICATE_FILE, CLUSTER_FILE, IDENTITY_FILE, ClusterKey, load_cluster_key, load_private_key
 from meshd.state import StateFolder, lock_state
 from meshd.types import ModelId
-from meshd.values import Address
+from meshd.values import Address, parse_broker
 
 
 @dataclass
@@ -330,8 +330,7 @@ async def _refuse_to_dial(host: str, port: int) -> Any:
 
 
 def _with_broker(context: Context, url: str) -> Context:
-    values = {name: getattr(context.config, name) for name in type(context.config).__slots__}
-    return replace(context, config=cast("Any", SimpleNamespace(**values | {"mqtt": url, "wanted_backend": "onnxruntime"})))
+    return replace(context, config=replace(context.config, mqtt=parse_broker(url), discovery=("static", "mqtt")))
 
 
 def _system(shop: Workshop) -> Path:
