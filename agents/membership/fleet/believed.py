@@ -20,6 +20,9 @@ MAX_AGE_S = 300.0
 """How far the date of a presence may be from this device's clock, in both directions. Clocks without NTP are off by minutes."""
 MAX_PEERS = 256
 """Most peers that are remembered."""
+SILENT_S = 2 * MAX_AGE_S
+"""A presence that was not repeated for so long is forgotten: the peer is gone, and its last will was lost with its broker. An old
+copy of it can't be believed again: it was dated `MAX_AGE_S` ahead at the most."""
 _CHECKS_S, _CHECKS_AT_ONCE = 20.0, 2 * MAX_PEERS
 """Signature checks of peers that are not known yet: those of a whole fleet at once, then 20 a second, at 0.05 to 0.4 ms each."""
 _PEER_CHECKS_S, _PEER_CHECKS_AT_ONCE = 1.0, 4
@@ -29,6 +32,8 @@ _PEER_CHECKS_S, _PEER_CHECKS_AT_ONCE = 1.0, 4
 @dataclass(slots=True)
 class _Known:
     presence: Presence
+    heard: float
+    """When the presence was believed, in monotonic time."""
     budget: TokenBucket = field(default_factory=lambda: TokenBucket(_PEER_CHECKS_S, _PEER_CHECKS_AT_ONCE))
 
 
@@ -90,23 +95,29 @@ class BelievedPresences:
             return self._refuse("forged")
         if not fresh:
             return self._refuse("future", clock=True)
-        self._remember(presence, known)
+        self._remember(presence, known, now)
         return presence
 
     def forget(self, gone: Callable[[PeerId], bool]) -> list[PeerId]:
         """Forget the presences of peers that do not belong to the cluster any more. Returns: those of them that had not left."""
-        dropped = [peer for peer in self._known if gone(peer)]
-        return [peer for peer in dropped if not self._known.pop(peer).presence.leaves]
+        return self._forget([peer for peer in self._known if gone(peer)])
+
+    def forget_silent(self, since: float) -> list[PeerId]:
+        """Forget the presences that were not repeated since this monotonic time. Returns: as `forget`."""
+        return self._forget([peer for peer, known in self._known.items() if known.heard < since])
+
+    def _forget(self, peers: list[PeerId]) -> list[PeerId]:
+        return [peer for peer in peers if not self._known.pop(peer).presence.leaves]
 
     def _refuse(self, reason: str, *, clock: bool = False) -> Refused:
         self.refused[reason] += 1
         return Refused(reason, clock)
 
-    def _remember(self, presence: Presence, known: _Known | None) -> None:
+    def _remember(self, presence: Presence, known: _Known | None, now: float) -> None:
         if known is None:
-            self._known[presence.peer] = _Known(presence)
+            self._known[presence.peer] = _Known(presence, now)
         else:
-            known.presence = presence
+            known.presence, known.heard = presence, now
         self._known.move_to_end(presence.peer)
         while len(self._known) > MAX_PEERS:
             self._known.popitem(last=False)

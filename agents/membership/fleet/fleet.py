@@ -13,7 +13,7 @@ from logging import getLogger
 import msgspec
 
 from meshd.agents.budget import TokenBucket
-from meshd.agents.membership.fleet.believed import MAX_AGE_S, BelievedPresences, Refused
+from meshd.agents.membership.fleet.believed import MAX_AGE_S, SILENT_S, BelievedPresences, Refused
 from meshd.agents.membership.fleet.broker import Broker, BrokerSettings
 from meshd.agents.membership.fleet.home_assistant import discovery_payload, discovery_topic
 from meshd.agents.membership.fleet.jobs import JobServer
@@ -118,6 +118,8 @@ class Fleet:
         self._published: Presence | None = None
         self._published_under = b""
         """The authority of the certificate that was published with it."""
+        self._up_at = 0.0
+        """When the present connection was made, in monotonic time."""
         self._down_at: float | None = clock.monotonic()
         self._unlinked_since: dict[PeerId, float] = {}
         """Peers of the fleet without a link -> since when, in monotonic time."""
@@ -171,11 +173,11 @@ class Fleet:
 
     def on_trouble(self, reason: str) -> None:
         """Note why there is no connection; with an empty reason, that there is one."""
+        now = self._clock.monotonic()
         if not reason:
-            self._down_at = None
+            self._up_at, self._down_at = now, None
             self._notice("mqtt", "")
             return
-        now = self._clock.monotonic()
         self._down_at = now if self._down_at is None else self._down_at
         log.debug("no connection to the MQTT broker: %s", reason)
         if now - self._down_at >= _TROUBLE_S or not self._since or len(self._own) == 1:
@@ -289,6 +291,7 @@ class Fleet:
         while True:
             await self._clock.sleep(_CHECK_S)
             self._follow_rotation()
+            self._forget_silent()
             self._note_unlinked()
             unreached = self._unreached()
             apart = {peer for peer in unreached if self._cannot_reach_us(peer)}
@@ -310,8 +313,17 @@ class Fleet:
         authority = self._identity().key.issuer.public
         if authority != self._authority:
             self._authority = authority
-            for peer in self.believed.forget(lambda peer: not self._view.belongs(peer)):
-                self._on_sighting(PeerWithdrawn(source=SOURCE, peer=peer))
+            self._withdraw(self.believed.forget(lambda peer: not self._view.belongs(peer)))
+
+    def _forget_silent(self) -> None:
+        """Forget peers that are gone without a last will. Without a connection, and soon after, all peers seem silent."""
+        since = self._clock.monotonic() - SILENT_S
+        if self.broker.up and self._up_at < since:
+            self._withdraw(self.believed.forget_silent(since))
+
+    def _withdraw(self, peers: Sequence[PeerId]) -> None:
+        for peer in peers:
+            self._on_sighting(PeerWithdrawn(source=SOURCE, peer=peer))
 
     def _note_unlinked(self) -> None:
         linked, now = self._view.linked(), self._clock.monotonic()

@@ -7,7 +7,7 @@ from dataclasses import replace
 import msgspec
 import pytest
 
-from meshd.agents.membership.fleet.believed import MAX_AGE_S, MAX_PEERS, BelievedPresences, Refused
+from meshd.agents.membership.fleet.believed import MAX_AGE_S, MAX_PEERS, SILENT_S, BelievedPresences, Refused
 from meshd.agents.membership.fleet.presence import Presence, sign_presence
 from meshd.protocol.identity import Identity
 from meshd.protocol.statement import StatementChecker
@@ -135,3 +135,16 @@ def test_nothing_that_is_forged_is_believed(ear: Ear, identity: Identity, make_i
         assert isinstance(heard, Refused)
     assert {"repeated", "forged", "malformed", "elsewhere"} <= set(ear.table.refused)
     assert len(ear.table) == 3
+
+
+def test_a_presence_that_is_not_repeated_is_forgotten_and_no_copy_of_it_is_believed(ear: Ear, make_identity: MakeIdentity) -> None:
+    gone, left, stays = (make_identity(name) for name in ("gone", "left", "stays"))
+    newest = sign_presence(gone, presence(gone, at=NOW + MAX_AGE_S))
+    assert isinstance(ear.hear_bytes(gone.peer, newest), Presence)
+    assert isinstance(ear.hear(left, presence(left, leaves=True)), Presence)
+    ear.now = SILENT_S + 1
+    assert isinstance(ear.hear(stays, presence(stays, at=NOW + ear.now)), Presence)
+    assert ear.table.forget_silent(ear.now - SILENT_S) == [gone.peer]
+    assert [known.peer for known in ear.table.present()] == [stays.peer]
+    assert len(ear.table) == 1
+    assert ear.hear_bytes(gone.peer, newest) == Refused("old")

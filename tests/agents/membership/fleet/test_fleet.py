@@ -13,11 +13,12 @@ import aiomqtt
 import pytest
 
 from in_process.peers import until
+from meshd.agents.membership.fleet.believed import SILENT_S
 from meshd.agents.membership.fleet.fleet import Fleet, FleetSettings, FleetView
 from meshd.agents.membership.sources import DuplicateIdentity, PeerFound, PeerWithdrawn, Sighting, SourceNotice
 from meshd.agents.observe.events import SessionChanged
 from meshd.agents.observe.stream import EventStream
-from meshd.clock import SystemClock
+from meshd.clock import Clock, SystemClock
 from meshd.protocol.identity import ClusterKey, Identity, load_identity
 from meshd.state import StateFolder
 from meshd.types import PeerId
@@ -29,10 +30,19 @@ MakeIdentity = Callable[[str], Identity]
 needs_mosquitto = pytest.mark.skipif(PROGRAM is None, reason=MISSING)
 
 
+class LaterClock(SystemClock):
+    """A monotonic clock that a test sets ahead; sleeps are real."""
+
+    ahead_s = 0.0
+
+    def monotonic(self) -> float:
+        return super().monotonic() + self.ahead_s
+
+
 class Member:
     """A fleet's part of one peer, with what it reports."""
 
-    def __init__(self, identity: Identity, url: str, **settings: Any) -> None:
+    def __init__(self, identity: Identity, url: str, clock: Clock | None = None, **settings: Any) -> None:
         self.identity = identity
         self.belongs: set[PeerId] = set()
         self.sightings: list[Sighting] = []
@@ -51,7 +61,7 @@ class Member:
             tokens=lambda: 0,
         )
         chosen = FleetSettings(url=parse_broker(url), **{"telemetry_s": 0.2, **settings})
-        self.fleet = Fleet(chosen, lambda: self.identity, view, self.events, self.sightings.append, SystemClock())
+        self.fleet = Fleet(chosen, lambda: self.identity, view, self.events, self.sightings.append, clock or SystemClock())
 
     def of(self, kind: type[Sighting], peer: PeerId | None = None) -> list[Any]:
         return [each for each in self.sightings if isinstance(each, kind) and peer in (None, getattr(each, "peer", None))]
@@ -222,6 +232,24 @@ async def test_a_peer_that_vanishes_is_withdrawn_by_its_last_will(tmp_path: Path
             assert two.fleet.broker._client is not None
             two.fleet.broker._client.abandon()
             await until(lambda: one.of(PeerWithdrawn, two.identity.peer))
+
+
+@needs_mosquitto
+async def test_a_peer_whose_last_will_was_lost_is_withdrawn_when_it_has_been_silent(
+    tmp_path: Path, make_identity: MakeIdentity
+) -> None:
+    clock = LaterClock()
+    with Mosquitto(tmp_path) as broker:
+        one, two = Member(make_identity("one"), broker.url, clock), Member(make_identity("two"), broker.url)
+        async with one.running():
+            async with two.running():
+                await until(lambda: one.of(PeerFound, two.identity.peer))
+                await asyncio.to_thread(broker.kill)
+            await asyncio.to_thread(broker.start)
+            await until(lambda: one.fleet.broker.up)
+            clock.ahead_s = SILENT_S + 1
+            await until(lambda: one.of(PeerWithdrawn, two.identity.peer))
+            assert [known.peer for known in one.fleet.believed.present()] in ([], [one.identity.peer])
 
 
 @needs_mosquitto
