@@ -50,8 +50,12 @@ def _ufw(context: Context, port: int, mdns: bool) -> CheckResult | None:
         return unchecked("firewall", why, _SUDO, "ufw") if enabled and _needs_root(output) else None
     if "Status: active" not in output.text:
         return None
-    allowed = {line.split()[0] for line in output.text.splitlines() if re.search(r"\bALLOW\b", line) and line.split()}
-    closed = [each for each in _wanted(port, mdns) if each not in allowed and each.partition("/")[0] not in allowed]
+    allowed = [
+        line.split()[0].replace(":", "-") for line in output.text.splitlines() if re.search(r"\S +ALLOW\b(?! OUT| FWD)", line)
+    ]
+    # Without a port, a rule lets its sources in everywhere; without a protocol, by both.
+    ports = [each if "/" in each else f"{each}/{protocol}" for each in allowed for protocol in ("tcp", "udp")]
+    closed = [each for each in _wanted(port, mdns) if "Anywhere" not in allowed and not _in_ports(each, ports)]
     if not closed:
         return ok("firewall", "ufw is active and lets peers in", "ufw")
     mend = " && ".join(f"sudo ufw allow {each}" for each in closed)
@@ -103,37 +107,44 @@ def _nftables(context: Context, port: int, mdns: bool) -> CheckResult | None:
         return unchecked("firewall", "the rules of nftables can't be read", "nft list ruleset", "nftables")
     chains = [entry["chain"] for entry in entries if "chain" in entry and entry["chain"].get("hook") == "input"]
     rules = [entry["rule"] for entry in entries if "rule" in entry]
+    if not chains:
+        return None
     closed: dict[str, str] = {}
     followed = True
     for chain in chains:
         where = (chain["family"], chain["table"], chain["name"])
-        own = [rule for rule in rules if (rule["family"], rule["table"], rule["chain"]) == where]
+        own = [rule.get("expr", []) for rule in rules if (rule["family"], rule["table"], rule["chain"]) == where]
         for each in _wanted(port, mdns):
-            followed = followed and not any(_nft_leads_on(rule.get("expr", [])) for rule in own)
-            verdict = next(
-                (found for rule in own if (found := _nft_verdict(rule.get("expr", []), each))), chain.get("policy", "accept")
-            )
-            if verdict in ("drop", "reject"):
+            decision = _nft_decision(own, chain.get("policy", "accept"), each)
+            followed = followed and bool(decision)
+            if decision in ("drop", "reject"):
                 closed[each] = " ".join(where)
-    if not chains:
-        return None
-    if not closed:
-        return ok("firewall", "nftables is active and lets peers in", "nftables")
-    if not followed:
+    if not closed and not followed:
         found = "nftables has chains, maps or sets of its own, which are not followed"
         return unchecked("firewall", found, "sudo nft list ruleset", "nftables")
+    if not closed:
+        return ok("firewall", "nftables is active and lets peers in", "nftables")
     mend = " && ".join(f"sudo nft insert rule {chain} {_nft_match(each)} accept" for each, chain in closed.items())
     return wrong("firewall", f"nftables keeps peers out: {' and '.join(closed)} {_are(closed)} closed", mend, "nftables")
 
 
+def _nft_decision(rules: Iterable[list[Any]], policy: str, wanted: str) -> str:
+    """Returns: what the first rule that decides about a new packet to this port says, or the policy; empty if a rule before it goes
+    on elsewhere."""
+    for expressions in rules:
+        if verdict := _nft_verdict(expressions, wanted):
+            return verdict
+        if _nft_leads_on(expressions):
+            return ""
+    return policy
+
+
 def _nft_leads_on(expressions: list[Any]) -> bool:
-    """Whether a rule goes on in another chain, or compares a port with a named set: what it decides is not in the rule."""
-    named = any(
-        isinstance(part["match"].get("right"), str) and "payload" in str(part["match"].get("left"))
-        for part in expressions
-        if "match" in part
-    )
-    return named or any(word in part for part in expressions for word in ("jump", "goto", "vmap"))
+    """Whether a rule goes on in another chain, or looks a port up in a map or a named set: what it decides is not in the rule."""
+    matches = [part["match"] for part in expressions if "match" in part]
+    keys = [part["vmap"].get("key") for part in expressions if "vmap" in part]
+    keys += [match.get("left") for match in matches if isinstance(match.get("right"), str)]
+    return any("payload" in str(key) for key in keys) or any(word in part for part in expressions for word in ("jump", "goto"))
 
 
 def _nft_match(wanted: str) -> str:
@@ -146,8 +157,9 @@ def _nft_verdict(expressions: list[Any], wanted: str) -> str:
     number, _, protocol = wanted.partition("/")
     for part in expressions:
         if "match" in part:
-            left, right = part["match"].get("left", {}), part["match"].get("right")
-            if left.get("payload") != {"protocol": protocol, "field": "dport"} or not _nft_has(right, int(number)):
+            match = part["match"]
+            is_port = match.get("left", {}).get("payload") == {"protocol": protocol, "field": "dport"}
+            if not is_port or _nft_has(match.get("right"), int(number)) == (match.get("op") == "!="):
                 return ""
     return next((word for part in expressions for word in ("accept", "drop", "reject") if word in part), "")
 

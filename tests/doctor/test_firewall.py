@@ -81,9 +81,18 @@ def test_ufw_that_is_closed(ask: Callable[[], CheckResult], install: Install) ->
     assert _said(ask()) == ("wrong", "ufw", "sudo ufw allow 6375/tcp")
 
 
-def test_ufw_that_lets_peers_in(ask: Callable[[], CheckResult], install: Install) -> None:
-    install("ufw", f"{UFW_CLOSED}6375/tcp                   ALLOW       192.168.1.0/24\n")
+@pytest.mark.parametrize("to", ["6375/tcp", "6375", "6370:6380/tcp", "Anywhere"])
+def test_ufw_that_lets_peers_in(to: str, ask: Callable[[], CheckResult], install: Install) -> None:
+    install("ufw", f"{UFW_CLOSED}{to:<26} ALLOW       192.168.1.0/24\n")
     assert _said(ask()) == ("ok", "ufw", "")
+
+
+@pytest.mark.parametrize(
+    "rule", ["6375/tcp                   ALLOW OUT   Anywhere", "6375/udp                   ALLOW       Anywhere"]
+)
+def test_ufw_with_a_rule_that_does_not_help(rule: str, ask: Callable[[], CheckResult], install: Install) -> None:
+    install("ufw", f"{UFW_CLOSED}{rule}\n")
+    assert ask().status.value == "wrong"
 
 
 def test_ufw_that_is_inactive_leaves_the_question_to_the_rules_below(ask: Callable[[], CheckResult], install: Install) -> None:
@@ -129,9 +138,9 @@ def _nft(policy: str, *rules: list[object]) -> str:
     )
 
 
-def _port(protocol: str, right: object, verdict: str) -> list[object]:
+def _port(protocol: str, right: object, verdict: str, op: str = "==") -> list[object]:
     left = {"payload": {"protocol": protocol, "field": "dport"}}
-    return [{"match": {"op": "==", "left": left, "right": right}}, {verdict: None}]
+    return [{"match": {"op": op, "left": left, "right": right}}, {verdict: None}]
 
 
 def test_nftables_that_drops_by_default(ask: Callable[[], CheckResult], install: Install) -> None:
@@ -158,9 +167,30 @@ def test_nftables_that_lets_peers_in(ask: Callable[[], CheckResult], install: In
         [{"vmap": {"key": {"payload": {"protocol": "tcp", "field": "dport"}}, "data": {"set": []}}}],
     ],
 )
-def test_nftables_whose_rules_lead_elsewhere(rule: list[object], ask: Callable[[], CheckResult], install: Install) -> None:
-    install("nft", _nft("drop", rule))
+@pytest.mark.parametrize("policy", ["drop", "accept"])
+def test_nftables_whose_rules_lead_elsewhere(
+    policy: str, rule: list[object], ask: Callable[[], CheckResult], install: Install
+) -> None:
+    install("nft", _nft(policy, rule))
     assert _said(ask()) == ("unchecked", "nftables", "sudo nft list ruleset")
+
+
+def test_nftables_that_decides_before_its_rules_lead_elsewhere(ask: Callable[[], CheckResult], install: Install) -> None:
+    states = [{"vmap": {"key": {"ct": {"key": "state"}}, "data": {"set": []}}}]
+    elsewhere = [{"jump": {"target": "filter_INPUT"}}]
+    opened = (states, _port("tcp", 6375, "accept"), _port("udp", 5353, "accept"), elsewhere)
+    install("nft", _nft("drop", *opened))
+    assert _said(ask()) == ("ok", "nftables", "")
+    install("nft", _nft("accept", _port("tcp", 6375, "drop"), elsewhere))
+    assert _said(ask()) == ("wrong", "nftables", "sudo nft insert rule inet filter input tcp dport 6375 accept")
+
+
+@pytest.mark.parametrize(("ports", "status"), [({"set": [6375, 22]}, "ok"), (22, "wrong")])
+def test_nftables_that_drops_all_but_some_ports(
+    ports: object, status: str, ask: Callable[[], CheckResult], install: Install
+) -> None:
+    install("nft", _nft("accept", _port("tcp", ports, "drop", "!=")))
+    assert ask().status.value == status
 
 
 def test_nftables_that_only_root_may_ask(ask: Callable[[], CheckResult], install: Install) -> None:
