@@ -13,6 +13,8 @@ import aiomqtt
 import pytest
 
 from in_process.peers import until
+from meshd.agents.membership.fleet import broker as brokers
+from meshd.agents.membership.fleet import fleet as fleets
 from meshd.agents.membership.fleet.believed import SILENT_S
 from meshd.agents.membership.fleet.fleet import Fleet, FleetSettings, FleetView
 from meshd.agents.membership.sources import DuplicateIdentity, PeerFound, PeerWithdrawn, Sighting, SourceNotice
@@ -96,6 +98,13 @@ async def retained(url: str, pattern: str, seconds: float = 0.5) -> dict[str, by
     return found
 
 
+@pytest.fixture(autouse=True)
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have fleets look at their state, and publish changes of it, ten times as often."""
+    monkeypatch.setattr(fleets, "_CHECK_S", 0.1)
+    monkeypatch.setattr(fleets, "_URGENT_S", 0.3)
+
+
 @pytest.fixture(params=["mosquitto", "amqtt"])
 async def url(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[str]:
     if request.param == "amqtt":
@@ -122,6 +131,7 @@ async def test_peers_find_one_another_whoever_comes_first_and_say_when_they_leav
     assert not one.of(DuplicateIdentity)
 
 
+@pytest.mark.parametrize("url", ["mosquitto"], indirect=True)
 async def test_a_fleet_follows_a_rotation(
     url: str, make_identity: MakeIdentity, rotated: Identity, next_key: ClusterKey, tmp_path: Path
 ) -> None:
@@ -138,8 +148,8 @@ async def test_a_fleet_follows_a_rotation(
         async with new.running():
             await until(lambda: one.of(PeerFound, new.identity.peer) and new.of(PeerFound, one.identity.peer))
             await until(lambda: stays.of(PeerFound, one.identity.peer))
-            out.unreached[new.identity.peer] = "excluded"  # has it publish its presence again
-            stays.unreached[new.identity.peer] = "another key"
+            out.unreached[one.identity.peer] = "excluded"  # has it publish its presence again
+            stays.unreached[one.identity.peer] = "another key"
             await until(lambda: one.of(PeerFound, stays.identity.peer))
             await until(lambda: one.fleet.believed.refused["forged"])
             assert not one.of(PeerFound, out.identity.peer)
@@ -181,12 +191,14 @@ async def test_telemetry_can_be_off(url: str, make_identity: MakeIdentity) -> No
     assert [topic for topic in seen if not topic.startswith("$SYS")] == [member.fleet.topics.presence(member.identity.peer)]
 
 
+@pytest.mark.parametrize("url", ["mosquitto"], indirect=True)
 async def test_peers_that_neither_can_dial_are_named(url: str, make_identity: MakeIdentity) -> None:
     one, two = Member(make_identity("one"), url), Member(make_identity("two"), url)
     async with one.running(), two.running():
         await until(lambda: one.of(PeerFound, two.identity.peer) and two.of(PeerFound, one.identity.peer))
         one.unreached[two.identity.peer] = "timed out"
-        await asyncio.sleep(1.5)
+        await until(lambda: one.identity.peer in {known.peer for known in two.fleet.believed.present() if known.unreached})
+        await asyncio.sleep(0.3)
         assert not [notice for notice in one.of(SourceNotice) if "neither" in notice.message]
         two.unreached[one.identity.peer] = "no route to host"
         await until(lambda: any("neither" in notice.message for notice in one.of(SourceNotice)))
@@ -267,7 +279,11 @@ async def test_user_and_password_are_checked_and_never_shown(tmp_path: Path, mak
             assert "secret" not in repr(member.fleet.about())
 
 
-async def test_a_broker_that_says_nothing_or_nonsense_does_no_harm(make_identity: MakeIdentity) -> None:
+async def test_a_broker_that_says_nothing_or_nonsense_does_no_harm(
+    make_identity: MakeIdentity, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(brokers, "CONNECT_S", 1.0)
+
     async def nonsense(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(b"\x20\x02\x00\x00" + b"\xff" * 100_000)
         await writer.drain()

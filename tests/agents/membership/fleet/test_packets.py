@@ -18,7 +18,7 @@ def packet(size: int, kind: int = 3) -> bytes:
         rest, digit = rest >> 7, rest & 127
         length += struct.pack("B", digit | (128 if rest else 0))
         if not rest:
-            return bytes([kind << 4]) + length + bytes(size % 251 for _ in range(size))
+            return bytes([kind << 4]) + length + bytes([size % 251]) * size
 
 
 @given(sizes=st.lists(st.one_of(st.integers(0, 297), st.integers(298, 70_000)), max_size=8), data=st.data())
