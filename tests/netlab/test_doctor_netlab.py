@@ -82,11 +82,22 @@ def mesh(netlab: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh
         site.close()
 
 
+@pytest.fixture
+def pair(mesh: Mesh) -> Mesh:
+    """Both daemons, linked, with their usual commands."""
+    for host in mesh:
+        if not host.running:
+            host.start()
+    mesh.wait_until_all_see()
+    return mesh
+
+
 @contextmanager
 def restarted(mesh: Mesh, name: str, change: Callable[[list[str]], list[str]]) -> Iterator[Host]:
-    """Run a host's daemon with another command inside the block."""
+    """Run a host's daemon with another command inside the block. Afterwards it does not run: only `pair` needs the usual one."""
     host, usual = mesh[name], mesh[name].command
-    host.kill()
+    if host.running:
+        host.kill()
     host.command = change(list(usual))
     host.start()
     try:
@@ -95,8 +106,6 @@ def restarted(mesh: Mesh, name: str, change: Callable[[list[str]], list[str]]) -
     finally:
         host.kill()
         host.command = usual
-        host.start()
-        mesh.wait_until_all_see()
 
 
 def altered(*facts: str) -> Callable[[list[str]], list[str]]:
@@ -109,19 +118,19 @@ def rows(mesh: Mesh, name: str) -> dict[str, dict[str, Any]]:
     return {row["trouble"]: row for row in mesh[name].rows_or_none("peers") if row["trouble"]}
 
 
-def test_a_healthy_pair_gives_only_ok(mesh: Mesh) -> None:
-    status, results = doctor(mesh, "h1")
+def test_a_healthy_pair_gives_only_ok(pair: Mesh) -> None:
+    status, results = doctor(pair, "h1")
     assert [row for row in results if row["status"] != "ok"] == []
     assert status == 0
     assert told(results, "peer-dials-back", "ok")["subject"] == "h2"
     assert told(results, "peer-multicast", "ok")["subject"] == "h2"
 
 
-def test_multicast_that_the_switch_drops_is_named(mesh: Mesh) -> None:
-    site = mesh.site
+def test_multicast_that_the_switch_drops_is_named(pair: Mesh) -> None:
+    site = pair.site
     assert isinstance(site, Site)
     with site.no_multicast("h2"):
-        status, results = doctor(mesh, "h1")
+        status, results = doctor(pair, "h1")
     found = told(results, "peer-multicast", "warning")
     assert "from here to it" in found["found"]
     assert "from it to here" not in found["found"]
@@ -129,38 +138,37 @@ def test_multicast_that_the_switch_drops_is_named(mesh: Mesh) -> None:
     assert status == 0
 
 
-def test_a_port_that_is_closed_one_way_is_named_on_both_devices(mesh: Mesh) -> None:
-    site = mesh.site
+def test_a_port_that_is_closed_one_way_is_named_on_both_devices(pair: Mesh) -> None:
+    site = pair.site
     assert isinstance(site, Site)
     with site.closed_port("h2", 6375):
-        mesh["h2"].kill()
-        mesh["h2"].start()
-        mesh.wait_until_all_see()  # by a link that h2 has dialled
-        status, results = doctor(mesh, "h2")
+        pair["h2"].kill()
+        pair["h2"].start()
+        pair.wait_until_all_see()  # by a link that h2 has dialled
+        status, results = doctor(pair, "h2")
         found = told(results, "peer-dials-back")
         assert "sudo ufw allow 6375/tcp" in found["mend"]
         assert "no answer in time" in found["found"]
         assert status == 1
-        there = told(doctor(mesh, "h1")[1], "peer-reach", "warning")
+        there = told(doctor(pair, "h1")[1], "peer-reach", "warning")
         assert "on h2, open TCP port 6375" in there["mend"]
 
 
-def test_a_peer_that_is_found_but_not_reached_has_its_reason_in_status(mesh: Mesh) -> None:
+def test_a_peer_that_is_found_but_not_reached_has_its_reason_in_status(pair: Mesh) -> None:
     """Both ports are closed, so that no link can be made; mDNS still shows the peers."""
-    site = mesh.site
+    site = pair.site
     assert isinstance(site, Site)
     with site.closed_port("h1", 6375), site.closed_port("h2", 6375):
-        mesh["h2"].kill()
-        mesh["h2"].start()
-        mesh.wait(lambda: "no answer in time" in str(rows(mesh, "h1")), "the reason", mesh["h1"])
-        [row] = rows(mesh, "h1").values()
+        pair["h2"].kill()
+        pair["h2"].start()
+        pair.wait(lambda: "no answer in time" in str(rows(pair, "h1")), "the reason", pair["h1"])
+        [row] = rows(pair, "h1").values()
         assert "meshd doctor" in row["hint"]
         status = [sys.executable, "-P", "-m", "meshd", "status", "--api", site.api("h1"), "--api-key", API_KEY]
         assert "can't be reached: no answer in time; a firewall drops it" in site.run("h1", status)
-        found = [each for each in doctor(mesh, "h1")[1] if each["check"] in ("peer-unreachable", "peer-lost")]
+        found = [each for each in doctor(pair, "h1")[1] if each["check"] in ("peer-unreachable", "peer-lost")]
         assert [each["status"] for each in found] == ["wrong"]
         assert "meshd doctor" in found[0]["mend"]
-    mesh.wait_until_all_see()
 
 
 def test_a_clock_that_is_off_by_a_day_is_named(mesh: Mesh) -> None:
@@ -196,33 +204,22 @@ def test_a_peer_of_another_major_version_is_refused_with_the_reason(mesh: Mesh) 
         assert status == 1
 
 
-def test_another_cluster_on_the_network_is_named(mesh: Mesh) -> None:
+def test_another_cluster_on_the_network_and_a_named_peer_of_it_are_named(mesh: Mesh) -> None:
     code = ClusterKey.generate(os.urandom).code
+    fingerprint = ClusterKey.from_code(code).fingerprint
+    address = f"{mesh.site._lab.ip('h1')}:6375"  # type: ignore[attr-defined]
 
     def elsewhere(command: list[str]) -> list[str]:
         command[command.index("--key") + 1] = code
         command[command.index("--state") + 1] += "-elsewhere"
-        return command
+        return [*command, "--peer", address]
 
     with restarted(mesh, "h2", elsewhere):
         mesh.wait(lambda: "other cluster" in rows(mesh, "h1"), "the other cluster to be noticed", mesh["h1"])
-        fingerprint = ClusterKey.from_code(code).fingerprint
         assert rows(mesh, "h1")["other cluster"]["name"] == fingerprint
         found = told(doctor(mesh, "h1")[1], "other-cluster", "warning")
         assert fingerprint in found["found"]
         assert "meshd key join CODE --replace" in found["mend"]
-
-
-def test_a_peer_of_another_cluster_that_is_named_is_refused(mesh: Mesh) -> None:
-    code = ClusterKey.generate(os.urandom).code
-    address = f"{mesh.site._lab.ip('h1')}:6375"  # type: ignore[attr-defined]
-
-    def stranger(command: list[str]) -> list[str]:
-        command[command.index("--key") + 1] = code
-        command[command.index("--state") + 1] += "-stranger"
-        return [*command, "--peer", address, "--discovery", "static"]
-
-    with restarted(mesh, "h2", stranger):
         mesh.wait(lambda: "refused" in rows(mesh, "h2"), "the refusal", mesh["h2"])
         status, results = doctor(mesh, "h2")
         found = told(results, "peer-refused")
@@ -232,20 +229,15 @@ def test_a_peer_of_another_cluster_that_is_named_is_refused(mesh: Mesh) -> None:
         assert status == 1
 
 
-def test_a_wrong_interface_is_named(mesh: Mesh) -> None:
-    with restarted(mesh, "h2", lambda command: [*command, "--interface", "wlan9"]):
+def test_a_wrong_interface_and_links_on_loopback_only_are_named(mesh: Mesh) -> None:
+    def alone(command: list[str]) -> list[str]:
+        command[command.index("--link") + 1] = "127.0.0.1:6375"
+        return [*command, "--interface", "wlan9"]
+
+    with restarted(mesh, "h2", alone):
         status, results = doctor(mesh, "h2")
         found = told(results, "interfaces")
         assert "wlan9 (not here)" in found["found"]
         assert "--interface eth0" in found["mend"]
+        assert "--link 0.0.0.0:6375" in told(results, "link-port", "warning")["mend"]
         assert status == 1
-
-
-def test_links_on_loopback_only_are_named(mesh: Mesh) -> None:
-    def alone(command: list[str]) -> list[str]:
-        command[command.index("--link") + 1] = "127.0.0.1:6375"
-        return command
-
-    with restarted(mesh, "h2", alone):
-        found = told(doctor(mesh, "h2")[1], "link-port", "warning")
-        assert "--link 0.0.0.0:6375" in found["mend"]
