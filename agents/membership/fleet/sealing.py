@@ -23,7 +23,6 @@ from meshd.types import PeerId
 VERSION = 1
 _HEAD = struct.Struct(">BI16s")
 HEAD_BYTES = _HEAD.size
-MAX_SEQ = (1 << 32) - 1
 KEY_BYTES = 32
 
 

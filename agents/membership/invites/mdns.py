@@ -7,6 +7,7 @@ invites nor to which cluster. Everyone can also forge it: what answers must prov
 import asyncio
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from logging import getLogger
 
 from zeroconf import DNSQuestionType, ServiceStateChange, Zeroconf
 from zeroconf import Error as ZeroconfError
@@ -15,6 +16,8 @@ from zeroconf.asyncio import AsyncServiceBrowser, AsyncServiceInfo, AsyncZerocon
 from meshd.agents.links.pairing.joiner import Candidate
 from meshd.agents.membership.interfaces import choose_interfaces, on_own_networks, present_interfaces, used_addresses
 from meshd.errors import Unavailable
+
+log = getLogger(__name__)
 
 SERVICE = "_meshd-invite._tcp.local."
 _NUMBER = "number"
@@ -62,8 +65,12 @@ async def look(number: int, found: Callable[[Candidate], None], *, interfaces: S
     resolving: set[asyncio.Task[None]] = set()
 
     async def resolve(name: str) -> None:
-        info = AsyncServiceInfo(SERVICE, name)
-        if not await info.async_request(zeroconf.zeroconf, _RESOLVE_S * 1000):
+        try:
+            info = AsyncServiceInfo(SERVICE, name)
+            if not await info.async_request(zeroconf.zeroconf, _RESOLVE_S * 1000):
+                return
+        except (OSError, ZeroconfError) as error:  # the name is any device's word, and may be none of an invite
+            log.debug("an announced invite is not looked at: %r", error)
             return
         if info.decoded_properties.get(_NUMBER) == str(number) and info.port:
             addresses = on_own_networks(tuple(info.parsed_addresses()), choices)[:_MAX_ADDRESSES]

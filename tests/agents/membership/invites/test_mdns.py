@@ -1,10 +1,14 @@
 """Real mDNS on loopback: an invite is found by its number as long as it is announced."""
 
 import asyncio
+import gc
 import os
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager, suppress
 from typing import Any
+
+from zeroconf import DNSOutgoing, DNSPointer
+from zeroconf.const import _CLASS_IN, _FLAGS_AA, _FLAGS_QR_RESPONSE, _TYPE_PTR
 
 from meshd.agents.links.pairing.joiner import Candidate
 from meshd.agents.membership.invites import mdns
@@ -63,3 +67,28 @@ async def test_an_address_beyond_this_devices_networks_is_not_tried() -> None:
         asyncio.timeout(20),
     ):
         assert (await found.get()).addresses == (("127.0.0.1", 3333),)
+
+
+async def test_a_forged_name_of_an_instance_does_no_harm() -> None:
+    found: asyncio.Queue[Candidate] = asyncio.Queue()
+    number = 100 + int.from_bytes(os.urandom(4), "big")
+    failures: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: failures.append(context))
+
+    async def forged() -> None:
+        packet = DNSOutgoing(_FLAGS_QR_RESPONSE | _FLAGS_AA)
+        packet.add_answer_at_time(DNSPointer(mdns.SERVICE, _TYPE_PTR, _CLASS_IN, 120, "another._http._tcp.local."), 0)
+        zeroconf = mdns.AsyncZeroconf(interfaces=["127.0.0.1"])
+        try:
+            while True:
+                zeroconf.zeroconf.async_send(packet)
+                await asyncio.sleep(0.2)
+        finally:
+            await zeroconf.async_close()
+
+    async with running(mdns.look(number, found.put_nowait, interfaces=LOOPBACK)), running(forged()), asyncio.timeout(20):
+        await asyncio.sleep(1)
+        async with running(announced(number, 4444)):
+            assert (await found.get()).addresses == (("127.0.0.1", 4444),)
+    gc.collect()
+    assert failures == []
