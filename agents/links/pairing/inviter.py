@@ -124,8 +124,6 @@ class Inviter:
                 with suppress(TimeoutError):
                     async with asyncio.timeout(STEP_S):
                         await opened.ended.wait()
-                if self._clock.monotonic() >= opened.until:
-                    opened.end("expired")
                 yield self._step(opened)
         finally:
             opened.end("closed")
@@ -166,6 +164,7 @@ class Inviter:
             log.info("an invite is open on port %d", opened.port)
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._advertised(opened))
+                tasks.create_task(self._expire(opened))
 
                 def welcome(raw: socket.socket, host: str) -> None:
                     task = tasks.create_task(self._welcome(opened, raw, host))
@@ -180,6 +179,11 @@ class Inviter:
             for listener in opened.listeners:
                 listener.close()
             log.info("the invite has ended: %s", opened.state)
+
+    async def _expire(self, opened: _Open) -> None:
+        """End the invite when its time is over, whether its steps are read or not: a terminal can be suspended."""
+        await self._clock.sleep(opened.until - self._clock.monotonic())
+        opened.end("expired")
 
     async def _advertised(self, opened: _Open) -> None:
         try:

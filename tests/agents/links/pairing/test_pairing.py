@@ -5,7 +5,7 @@ import os
 import socket
 import ssl
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import aclosing, asynccontextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -19,8 +19,10 @@ from meshd.agents.links.pairing.channel import PairingChannel
 from meshd.agents.links.pairing.inviter import Inviter
 from meshd.errors import InvalidRequest, PeerLost, PeerRefused, StorageError
 from meshd.protocol.pairing.certificate import make_certificate
+from meshd.protocol.pairing.code import InviteCode
 from meshd.protocol.pairing.exchange import JoinerSide
 from meshd.protocol.pairing.messages import Answer, Confirm, Invitation, Join, encode, encode_joiner
+from meshd.values import parse_address
 
 
 @pytest.fixture
@@ -198,6 +200,17 @@ async def test_an_invite_expires(inviter: Inviter) -> None:
     async with open_invite(inviter, minutes=0.01) as opened:
         assert (await opened.end()).state == "expired"
         assert await refused(opened.port)
+
+
+async def test_an_invite_expires_although_nobody_reads_its_steps(inviter: Inviter) -> None:
+    async with aclosing(inviter.invite(0.01)) as steps:
+        first = await anext(steps)
+        await asyncio.sleep(0.7)
+        row = inviter.row()
+        assert row is not None
+        assert row.state == "expired"
+        with pytest.raises((PeerLost, PeerRefused)):
+            await make_joiner(InviteCode.parse(first.code), parse_address(first.addresses[0], 0).port).join(2)
 
 
 async def test_an_invite_is_closed_from_elsewhere_or_when_its_reader_leaves(inviter: Inviter) -> None:
