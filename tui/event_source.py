@@ -10,13 +10,13 @@ import socket
 import threading
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from contextlib import suppress
-from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
+from http.client import HTTPConnection, HTTPResponse, HTTPSConnection
 from typing import Any
 from urllib.parse import urlsplit
 
 _CONNECT_S = 5.0
 _SILENT_S = 30.0
-"""The daemon sends a comment at least every 15 s. A stream that is silent for longer is broken."""
+"""The daemon sends a comment at least every 10 s. A stream that is silent for longer is broken."""
 _LINE_BYTES = 1 << 20
 """Limit of one event."""
 _READ_BYTES = 1 << 16
@@ -89,15 +89,15 @@ class EventSource:
     def _run(self) -> None:
         connection = self._connection()
         try:
-            self._ended_by(self._read(connection))
+            ended = self._read(connection)
         except TimeoutError:
-            self._ended_by("the daemon does not answer")
+            ended = "the daemon does not answer"
         except OSError as error:
-            self._ended_by(f"{self._url.netloc}: {error.strerror or error}")
-        except (HTTPException, ValueError) as error:
-            self._ended_by(str(error) or type(error).__name__)
-        finally:
-            connection.close()
+            ended = f"{self._url.netloc}: {error.strerror or error}"
+        except Exception as error:  # whatever a server can send, the reader must hear of the end
+            ended = str(error) or type(error).__name__
+        connection.close()
+        self._ended_by(ended)
 
     def _connection(self) -> HTTPConnection:
         kind = HTTPSConnection if self._url.scheme == "https" else HTTPConnection

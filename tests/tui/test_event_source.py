@@ -99,3 +99,14 @@ async def test_a_line_without_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
             connection.sendall(HEAD + b"data: {" + b"x" * 2000)
             with pytest.raises(ConnectionError, match="too long"):
                 await read_all(source)
+
+
+@pytest.mark.parametrize("line", [b'{"error": "no"}', b"{" + b'"a":[' * 100_000, b"{]"])
+async def test_whatever_a_server_sends_the_reader_hears_of_the_end(line: bytes) -> None:
+    with listening() as (url, server):
+        source = EventSource(url, {})
+        with accepted(server) as connection:
+            connection.sendall(HEAD + b"data: " + line + b"\n\n")
+            with pytest.raises(ConnectionError):
+                await asyncio.wait_for(read_all(source), 10)
+    await no_thread()
