@@ -11,10 +11,10 @@ from textual.message import Message
 from textual.screen import Screen
 from textual.worker import Worker
 
-from meshd.tui.cluster import KEPT, ClusterState, Event
+from meshd.tui.cluster import ClusterState
 from meshd.tui.commands import CommandFailed, Commands
 from meshd.tui.feed import Connected, Disconnected, Feed
-from meshd.tui.messages import ClusterChanged, ConnectionChanged, Happened
+from meshd.tui.messages import ClusterChanged, ConnectionChanged
 from meshd.tui.screens.cluster import ClusterScreen
 from meshd.tui.screens.dialogs import Help
 from meshd.tui.screens.listing import ListingScreen
@@ -58,7 +58,6 @@ class Monitor(App[None]):
         self._now = now
         self._feed = feed or Feed(api, api_key)
         self._changed: frozenset[str] = frozenset()
-        self._new: list[Event] = []
 
     def on_mount(self) -> None:
         self.run_worker(self._read(), name="feed", exclusive=True)
@@ -73,10 +72,6 @@ class Monitor(App[None]):
                 self._changed |= self.cluster.apply(item, self._now())
             except (KeyError, TypeError, AttributeError, IndexError) as error:
                 self.log(f"an event that this version can't read: {error!r}")
-                continue
-            if self.cluster.happenings and self.cluster.happenings[-1] is item:
-                self._new.append(item)
-                del self._new[:-KEPT]
 
     def _on_connection(self, state: Connected | Disconnected) -> None:
         self.connection = state
@@ -90,9 +85,6 @@ class Monitor(App[None]):
         if self._changed:
             self._tell(ClusterChanged(self._changed))
             self._changed = frozenset()
-        if self._new:
-            self._tell(Happened(self._new))
-            self._new = []
 
     def _tell(self, message: Message) -> None:
         """Send a message to the present screen. There is none any more while the application ends."""

@@ -1,9 +1,11 @@
 """What is measured over time: how fast sessions make tokens, what steps take, and a minute or two of each peer."""
 
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from meshd.tui.rows import ClusterRows, Row
 
 WINDOW_S = 3.0
 SAMPLES = 120
@@ -113,8 +115,8 @@ class Histories:
         period_s = max(1e-3, event["period_s"])
         self._work[event["peer"]] = event["tokens"] / period_s, min(1.0, event["busy_s"] / period_s)
 
-    def tick(self, now: float, peers: Iterable[Mapping[str, Any]], links: Iterable[Mapping[str, Any]]) -> bool:
-        """Take the samples that are due. Returns: whether any was."""
+    def tick(self, now: float, rows: ClusterRows | Mapping[str, Sequence[Row]]) -> bool:
+        """Take the samples that are due. `rows` is read only then: this is called for each event. Returns: whether any was."""
         if self._sampled_at is None:
             self._sampled_at = now
         due = min(SAMPLES, int(now - self._sampled_at))
@@ -122,14 +124,14 @@ class Histories:
             return False
         self._sampled_at = now if due == SAMPLES else self._sampled_at + due
         hops: dict[str, list[float]] = {}
-        for link in links:
+        for link in rows["links"]:
             hops.setdefault(link["source"], []).append(link["hop_s"] or link["rtt_s"] / 2)
-        present = {row["id"]: row for row in peers if row["id"] and row["capability"]}
+        present = {row["id"]: row for row in rows["peers"] if row["id"] and row["capability"]}
         for gone in self._peers.keys() - present.keys():
             del self._peers[gone]
         for peer, row in present.items():
             history = self._peers.setdefault(peer, PeerHistory())
-            tokens_s, busy = self._work.pop(peer, (0.0, 0.0))
+            tokens_s, busy = self._work.get(peer, (0.0, 0.0))
             total = row["capability"]["memory_total_bytes"]
             used = 1 - row["capability"]["memory_free_bytes"] / total if total else 0.0
             known = hops.get(peer)
@@ -139,6 +141,7 @@ class Histories:
                 history.memory.append(used)
                 if known:
                     history.hop_s.append(sum(known) / len(known))
+        self._work.clear()  # also that of peers that are gone
         return True
 
     def of(self, peer: str) -> PeerHistory:

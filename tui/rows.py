@@ -9,6 +9,11 @@ MAX_ROWS = 20_000
 """Rows that are kept of one listing. A daemon sends at most some thousands of each peer."""
 
 
+def peer_key(row: Row) -> str:
+    """What identifies a peer's row: its id, or the addresses of a peer whose id is not known."""
+    return row["id"] or ",".join(row["addresses"])
+
+
 class ClusterRows:
     """The present rows of each listing, by their keys, in the order in which they came."""
 

@@ -54,11 +54,12 @@ def test_peers_are_sampled_once_a_second_whenever_events_come() -> None:
     histories = Histories()
     peers = [peer("a", 25), peer("b", 100), {"id": "c", "capability": None}]
     links = [link("a", 0.2), link("a", 0.4), link("b", 0.0)]
-    assert not histories.tick(100.0, peers, links)
+    rows = {"peers": peers, "links": links}
+    assert not histories.tick(100.0, rows)
     histories.observe(work("a", tokens=30))
-    assert histories.tick(101.2, peers, links)
-    assert not histories.tick(101.9, peers, links)
-    assert histories.tick(104.0, peers, links)
+    assert histories.tick(101.2, rows)
+    assert not histories.tick(101.9, rows)
+    assert histories.tick(104.0, rows)
     known = histories.of("a")
     assert list(known.tokens_s) == [15.0, 0.0, 0.0, 0.0]
     assert list(known.memory) == [0.75] * 4
@@ -70,8 +71,12 @@ def test_peers_are_sampled_once_a_second_whenever_events_come() -> None:
 
 def test_a_long_silence_fills_at_most_one_screen_and_a_peer_that_left_is_forgotten() -> None:
     histories = Histories()
-    histories.tick(0.0, [peer("a", 1)], [])
-    histories.tick(1e6, [peer("a", 1)], [])
+    rows = {"peers": [peer("a", 1)], "links": []}
+    histories.tick(0.0, rows)
+    histories.tick(1e6, rows)
     assert len(histories.of("a").memory) == SAMPLES
-    histories.tick(1e6 + 1, [], [])
+    histories.observe(work("gone", tokens=1))
+    histories.tick(1e6 + 1, {"peers": [], "links": []})
     assert not histories.of("a").memory
+    histories.tick(1e6 + 2, {"peers": [peer("gone", 1)], "links": []})
+    assert list(histories.of("gone").tokens_s) == [0.0], "work of a peer that is gone is forgotten too"

@@ -11,7 +11,7 @@ from textual.widgets import DataTable, Static
 
 from meshd.bounds import printable
 from meshd.display import ABSENT, duration, flops, rate, size
-from meshd.tui.rows import Row
+from meshd.tui.rows import Row, peer_key
 from meshd.tui.screens.dialogs import Confirm
 from meshd.tui.screens.listing import ListingScreen
 from meshd.tui.widgets.rows_table import Cells, RowsTable
@@ -37,13 +37,13 @@ class ClusterScreen(ListingScreen):
 
     def draw(self) -> None:
         peers = self.cluster.rows["peers"]
-        self.query_one("#peers", RowsTable).follow((_key(row), self._peer(row)) for row in peers)
+        self.query_one("#peers", RowsTable).follow((peer_key(row), self._peer(row)) for row in peers)
         links = self.cluster.rows["links"]
         self.query_one("#links", RowsTable).follow((f"{row['source']} {row['target']}", _link(row)) for row in links)
-        left_out = [_left_out(row) for row in peers if row["state"] != "alive" and row["reason"]]
+        troubles = [_trouble(row) for row in peers if row["reason"]]
         shown = self.query_one("#left-out", Static)
-        shown.display = bool(left_out)
-        shown.update(Text("\n".join(left_out), self.paint.warn))
+        shown.display = bool(troubles)
+        shown.update(Text("\n".join(troubles), self.paint.warn))
 
     def _peer(self, row: Row) -> Cells:
         paint, capability = self.paint, row["capability"]
@@ -81,6 +81,9 @@ class ClusterScreen(ListingScreen):
         if row is None:
             return
         peer, name, undo = row["id"], row["name"], bool(row.get("draining"))
+        if not peer:
+            self.notify(f"{name} is not a peer of this cluster", severity="error", markup=False)
+            return
         question = f"Drain {name}? Its sessions move to other peers, and it takes no new work."
         if not undo and not await self.app.push_screen_wait(Confirm(question)):
             return
@@ -119,13 +122,10 @@ def holding_state(held: Mapping[str, Any]) -> str:
     return " (standby)" if held.get("standby") else ""
 
 
-def _key(row: Row) -> str:
-    return row["id"] or ",".join(row["addresses"])
-
-
-def _left_out(row: Row) -> str:
+def _trouble(row: Row) -> str:
+    left_out = "" if row["state"] in ("alive", "other cluster") else " is left out"
     hint = f"; {row['hint']}" if row.get("hint") else ""
-    return printable(f"{row['name']} is left out: {row['reason']}{hint}")
+    return printable(f"{row['name']}{left_out}: {row['reason']}{hint}")
 
 
 def _link(row: Row) -> Cells:

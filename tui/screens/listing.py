@@ -8,7 +8,7 @@ from textual.screen import Screen
 from textual.widgets import Footer
 
 from meshd.tui.cluster import ClusterState
-from meshd.tui.messages import ClusterChanged, ConnectionChanged, Happened
+from meshd.tui.messages import ClusterChanged, ConnectionChanged
 from meshd.tui.widgets.paint import Paint
 from meshd.tui.widgets.top_bar import TopBar
 
@@ -52,10 +52,7 @@ class ListingScreen(Screen[None]):
 
     def on_cluster_changed(self, message: ClusterChanged) -> None:
         if self.is_current and message.parts & self.PARTS:
-            self.draw()
-
-    def on_happened(self, message: Happened) -> None:
-        """Show events other than changes of rows."""
+            self.follow()
 
     def on_connection_changed(self, message: ConnectionChanged) -> None:
         self._show_connection()
@@ -71,6 +68,10 @@ class ListingScreen(Screen[None]):
     def draw(self) -> None:
         """Show the present state."""
         raise NotImplementedError
+
+    def follow(self) -> None:
+        """Show what has changed since the last drawing."""
+        self.draw()
 
     def act(self, begun: str, command: Callable[[], Awaitable[str]]) -> None:
         """Carry a command out beside everything else: say that it has begun, and how it ended, which `command` returns."""

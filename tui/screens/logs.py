@@ -8,7 +8,6 @@ from textual.widgets import Input
 
 from meshd.tui.cluster import KEPT
 from meshd.tui.log_filter import LEVELS, LogFilter
-from meshd.tui.messages import Happened
 from meshd.tui.screens.listing import ListingScreen
 from meshd.tui.widgets.event_log import EventLog
 
@@ -17,6 +16,7 @@ class LogScreen(ListingScreen):
     """Newest lines below. The filter is text, so that it shows what it does; keys change its parts."""
 
     NAME = "logs"
+    PARTS = frozenset({"happenings"})
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("slash", "edit", "Filter"),
         Binding("v", "level", "Level"),
@@ -26,6 +26,11 @@ class LogScreen(ListingScreen):
         Binding("end", "to_end", "Newest", show=False),
         Binding("escape", "leave", show=False),
     ]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._drawn = 0
+        """How many events had happened when the lines were drawn."""
 
     def body(self) -> ComposeResult:
         yield Input(placeholder="show only: peer:NAME level:warning session:ID words", id="filter", compact=True)
@@ -49,12 +54,13 @@ class LogScreen(ListingScreen):
     def on_input_submitted(self) -> None:
         self.action_leave()
 
-    def on_happened(self, message: Happened) -> None:
-        if self.is_current:
-            self.query_one("#lines", EventLog).add(message.events, self.filter)
-
     def draw(self) -> None:
+        self._drawn = self.cluster.happened
         self.query_one("#lines", EventLog).show(self.cluster.happenings, self.filter)
+
+    def follow(self) -> None:
+        new, self._drawn = self.cluster.since(self._drawn), self.cluster.happened
+        self.query_one("#lines", EventLog).add(new, self.filter)
 
     def action_edit(self) -> None:
         self.query_one("#filter", Input).focus()

@@ -12,7 +12,7 @@ from textual.widgets import Label, Static
 from meshd.bounds import printable
 from meshd.display import ABSENT, duration, flops, rate, short_id, size
 from meshd.tui.rates import PeerHistory
-from meshd.tui.rows import Row
+from meshd.tui.rows import Row, peer_key
 from meshd.tui.screens.cluster import battery, celsius, holding_state, percent
 from meshd.tui.screens.listing import ListingScreen
 from meshd.tui.widgets.spark import Spark
@@ -36,7 +36,7 @@ class PeerScreen(ListingScreen):
     def __init__(self) -> None:
         super().__init__()
         self.peer = ""
-        """Id of the peer that is shown; empty for the first one."""
+        """Key of the peer that is shown; empty for the first one."""
 
     def body(self) -> ComposeResult:
         yield Static(id="peer-name")
@@ -50,29 +50,31 @@ class PeerScreen(ListingScreen):
 
     def draw(self) -> None:
         row = self._row()
-        if row is None:
-            self.query_one("#peer-name", Static).update("no peer is known yet")
-            return
-        self.query_one("#peer-name", Static).update(
-            Text.assemble((printable(row["name"]), "bold"), f"  {short_id(row['id']) or ABSENT}  ", self.paint.state(row["state"]))
-        )
-        history = self.cluster.histories.of(row["id"])
-        for name, series, value in _series(history):
+        self.query_one("#peer-name", Static).update(self._title(row))
+        for name, series, value in _series(self.cluster.histories.of(row["id"] if row else "")):
             self.query_one(f"#spark-{name}", Spark).values = tuple(series)
             self.query_one(f"#value-{name}", Label).update(value)
-        width = max(map(len, (name for name, _ in self._facts(row))))
-        facts = [Text.assemble((f"{name:{width}}  ", self.paint.dim), printable(value)) for name, value in self._facts(row)]
-        self.query_one("#facts", Static).update(Text("\n").join(facts))
+        facts = list(self._facts(row)) if row else []
+        width = max((len(name) for name, _ in facts), default=0)
+        lines = [Text.assemble((f"{name:{width}}  ", self.paint.dim), printable(value)) for name, value in facts]
+        self.query_one("#facts", Static).update(Text("\n").join(lines))
+
+    def _title(self, row: Row | None) -> Text:
+        if row is None:
+            return Text("this peer is not known any more" if self.peer else "no peer is known yet")
+        name = printable(row["name"]), "bold"
+        return Text.assemble(name, f"  {short_id(row['id']) or ABSENT}  ", self.paint.state(row["state"]))
 
     def _row(self) -> Row | None:
-        peers = [row for row in self.cluster.rows["peers"] if row["id"]]
-        return next((row for row in peers if row["id"] == self.peer), peers[0] if peers else None)
+        if self.peer:
+            return self.cluster.peer(self.peer)
+        return next(iter(self.cluster.rows["peers"]), None)
 
     def action_step(self, by: int) -> None:
-        peers = [row["id"] for row in self.cluster.rows["peers"] if row["id"]]
+        peers = [peer_key(row) for row in self.cluster.rows["peers"]]
+        row = self._row()
         if peers:
-            row = self._row()
-            self.peer = peers[(peers.index(row["id"] if row else peers[0]) + by) % len(peers)]
+            self.peer = peers[(peers.index(peer_key(row)) + by) % len(peers)] if row else peers[0]
             self.draw()
 
     async def action_logs(self) -> None:

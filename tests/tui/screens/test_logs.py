@@ -1,14 +1,23 @@
 """The screen of logs and its filter."""
 
+from typing import Any
+
+import pytest
 from textual.widgets import Input
 
 from meshd.tui.app import Monitor
+from meshd.tui.feed import Connected
 from meshd.tui.widgets.event_log import EventLog
+from monitor.recorded import ScriptedFeed
 from monitor.watching import Watch, Watching, soon
 
 
 def lines(app: Monitor) -> list[str]:
     return app.screen.query_one(EventLog).texts
+
+
+def notice(message: str) -> dict[str, Any]:
+    return {"type": "notice", "at": 1.0, "peer": "p", "name": "desk", "message": message, "hint": ""}
 
 
 async def shown(watching: Watching) -> None:
@@ -47,11 +56,27 @@ async def test_words_are_typed_into_the_filter(watch: Watch) -> None:
         await soon(pilot, lambda: app._exit)
 
 
+async def test_a_drawing_between_two_frames_shows_no_event_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("meshd.tui.app.FRAME_S", 3600.0)
+    feed = ScriptedFeed()
+    app = Monitor(feed.api, feed=feed, now=feed.now)
+    async with app.run_test() as pilot:
+        await pilot.press("6")
+        await soon(pilot, lambda: app.screen.query(EventLog))
+        for number in range(3):
+            feed.items.put_nowait(Connected(resumed=False) if number == 0 else notice(str(number)))
+        await soon(pilot, lambda: len(app.cluster.happenings) == 2)
+        await pilot.press("v", "c")  # draws the lines
+        app.show_changes()
+        await pilot.pause()
+        assert [line.split()[-1] for line in lines(app)] == ["1", "2"]
+
+
 async def test_the_log_follows_the_end_only_while_the_end_is_shown(watch: Watch) -> None:
     async with watch((80, 14)) as (app, pilot):
         await shown((app, pilot))
         log = app.screen.query_one(EventLog)
-        event = {"type": "notice", "at": 1.0, "peer": "p", "name": "desk", "message": "new", "hint": ""}
+        event = notice("new")
         log.add([event], lambda _: True)
         await pilot.pause()
         assert log.is_vertical_scroll_end
