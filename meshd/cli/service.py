@@ -14,14 +14,21 @@ from pathlib import Path
 from meshd.cli.support import units
 from meshd.cli.support.arguments import Parser, add_commands, add_json, add_settings, settings_of
 from meshd.cli.support.output import print_json, show
-from meshd.config import given_variables
+from meshd.config import clean_environment, given_variables
 from meshd.errors import ConfigError, LocalFault, StorageError, Unavailable
 from meshd.settings import SETTINGS
+from meshd.values import parse_path
 
 EXAMPLE = (
     "meshd service install -- --name attic --memory 4GiB\n  sudo meshd service install --system\n  meshd service status\n"
     "  meshd service remove"
 )
+_SECRETS = {
+    "key": "store it first with `meshd key join CODE`",
+    "api-key": "make one with `meshd key api`",
+    "mqtt": 'write `mqtt = "mqtts://..."` into the config file, which only you need to be able to read',
+}
+"""Settings that are refused, and where each belongs."""
 _CALL_S = 400.0
 """Longer than the first start may take (`units.START_S`): the call returns when the daemon is ready."""
 _HINT = "is this a session of that user, with a service manager? `meshd service install --print` shows what would be written"
@@ -67,10 +74,7 @@ def _install(manager: "_Systemd | _Launchd", args: Namespace) -> int:
     try:
         manager.start(changed=before is not None)
     except LocalFault:
-        if before is None:
-            manager.path.unlink(missing_ok=True)
-        else:
-            manager.path.write_bytes(before)
+        _undo(manager, before)
         raise
     show(f"{manager.path}: {'written anew' if before is not None else 'written'}; the daemon runs and starts at each boot")
     for line in manager.hints():
@@ -79,6 +83,18 @@ def _install(manager: "_Systemd | _Launchd", args: Namespace) -> int:
     if ignored:
         show(f"  not seen by the service: {', '.join(ignored)}; give them as flags after --, or in the config file")
     return 0
+
+
+def _undo(manager: "_Systemd | _Launchd", before: bytes | None) -> None:
+    """Leave things as they were before an installation that failed: nothing, or the daemon with its unit of before."""
+    with contextlib.suppress(LocalFault):  # else it would be started again and again, and at each boot
+        manager.stop()
+    if before is None:
+        manager.path.unlink(missing_ok=True)
+    else:
+        manager.path.write_bytes(before)
+    with contextlib.suppress(LocalFault):
+        manager.forget() if before is None else manager.start(changed=False)
 
 
 def _service(args: Namespace, log: Path | None) -> units.Service:
@@ -90,16 +106,29 @@ def _service(args: Namespace, log: Path | None) -> units.Service:
     parser = Parser("up", "the settings of the service", EXAMPLE)
     add_settings(parser, (setting.name for setting in SETTINGS))
     given = parser.parse_args(words)
-    for secret, how in (("key", "store it first with `meshd key join CODE`"), ("api-key", "make one with `meshd key api`")):
+    for secret, how in _SECRETS.items():
         if getattr(given, f"setting_{secret.replace('-', '_')}") is not None:
             raise ConfigError(f"--{secret} is not written into a unit, which others can read", hint=how)
-    config = settings_of(given).config()
+    config = settings_of(given, environ=clean_environment()).config()  # a service does not see the variables of this shell
     folders = [config.state, config.cache, config.models_dir, config.hf_cache]
     if config.log_file is not None:
         folders.append(config.log_file.parent)
     writable = tuple(dict.fromkeys(folder.absolute() for folder in folders))
-    command = units.command_of(sys.executable, words)
+    command = units.command_of(sys.executable, _with_whole_paths(words))
     return units.Service(command=command, drain_s=config.drain_timeout, writable=writable, user=user, log=log)
+
+
+def _with_whole_paths(words: list[str]) -> list[str]:
+    """Write the paths among flags of settings in full: a service starts in another folder."""
+    whole: list[str] = []
+    paths = {f"--{setting.name}" for setting in SETTINGS if setting.parse is parse_path}
+    for word in words:
+        flag, equals, value = word.partition("=")
+        if whole and whole[-1] in paths:
+            whole.append(str(parse_path(word)))
+        else:
+            whole.append(f"{flag}={parse_path(value)}" if equals and flag in paths else word)
+    return whole
 
 
 def _user(args: Namespace) -> str:
@@ -280,15 +309,14 @@ class _Launchd:
         return bool(self.state()["running"])
 
     def start(self, *, changed: bool) -> None:
-        """Load the property list, anew if it has changed. Raises: LocalFault."""
-        if changed:
-            with contextlib.suppress(LocalFault):  # it may not be loaded
-                self.stop()
+        """Load the property list, and start the daemon, anew if it runs. Raises: LocalFault."""
+        self.stop()
         _call("launchctl", "bootstrap", self._domain, str(self.path))
 
     def stop(self) -> None:
-        """Stop and unload the daemon. Raises: LocalFault."""
-        _call("launchctl", "bootout", f"{self._domain}/{units.LABEL}")
+        """Stop and unload the daemon, if it is loaded. Raises: LocalFault."""
+        if self.state()["enabled"]:
+            _call("launchctl", "bootout", f"{self._domain}/{units.LABEL}")
 
     def forget(self) -> None:
         """Do nothing: launchd knows only what is loaded."""

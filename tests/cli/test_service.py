@@ -94,11 +94,14 @@ def test_installing_again_changes_nothing_and_other_settings_restart_it(meshd: M
     assert "--threads 2" in unit.read_text()
 
 
-@pytest.mark.parametrize("secret", ["--key", "--api-key"])
-def test_no_key_gets_into_the_unit(meshd: Meshd, systemctl: Systemctl, unit: Path, secret: str) -> None:
-    outcome = meshd("service", "install", "--", secret, "mesh-SECRET")
+@pytest.mark.parametrize(
+    ("secret", "value"), [("--key", "mesh-SECRET"), ("--api-key", "SECRET"), ("--mqtt", "mqtts://me:SECRET@broker")]
+)
+def test_no_key_gets_into_the_unit(meshd: Meshd, systemctl: Systemctl, unit: Path, secret: str, value: str) -> None:
+    outcome = meshd("service", "install", "--", secret, value)
     assert outcome.returncode == 2
     assert "not written into a unit" in outcome.stderr
+    assert "SECRET" not in outcome.stderr
     assert not unit.exists()
     assert systemctl.calls() == []
 
@@ -119,12 +122,35 @@ def test_a_manager_that_fails_is_one_clear_error_and_leaves_nothing(meshd: Meshd
     assert not unit.exists()
 
 
-def test_a_failed_change_leaves_the_unit_of_before(meshd: Meshd, systemctl: Systemctl, unit: Path) -> None:
+def test_a_daemon_that_does_not_start_is_not_started_at_the_next_boot(meshd: Meshd, systemctl: Systemctl, unit: Path) -> None:
+    systemctl.fails_at("start meshd")
+    assert meshd("service", "install").returncode == 1
+    assert "--user disable --now meshd.service" in systemctl.calls()[3:]
+    assert not unit.exists()
+
+
+def test_a_failed_change_leaves_the_unit_of_before_and_its_daemon_running(meshd: Meshd, systemctl: Systemctl, unit: Path) -> None:
     assert meshd("service", "install").returncode == 0
     before = unit.read_text()
     systemctl.fails_at("restart")
+    systemctl.calls()
     assert meshd("service", "install", "--", "--threads", "2").returncode == 1
     assert unit.read_text() == before
+    assert systemctl.calls()[-3:] == ["--user daemon-reload", "--user enable meshd.service", "--user start meshd.service"]
+
+
+def test_paths_are_written_in_full_and_the_variables_of_the_shell_do_not_count(
+    meshd: Meshd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MESHD_MODELS_DIR", "/not/seen")
+    monkeypatch.setenv("MESHD_DRAIN_TIMEOUT", "3600")
+    words = ("--state", "mesh", "--cache=cache", "--name", "mesh")
+    text = meshd("service", "install", "--system", "--user", "root", "--print", "--", *words).stdout
+    assert f"up --state {tmp_path}/mesh --cache={tmp_path}/cache --name mesh" in text
+    assert f"ReadWritePaths={tmp_path}/mesh {tmp_path}/cache" in text
+    assert "/not/seen" not in text
+    assert "TimeoutStopSec=25" in text
 
 
 def test_without_systemd_it_says_so_and_can_still_print_the_unit(

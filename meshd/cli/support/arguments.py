@@ -94,10 +94,13 @@ def _destination(setting: Setting) -> str:
     return "setting_" + setting.name.replace("-", "_")
 
 
-def settings_of(args: Namespace, fixed: Mapping[str, RawValue] | None = None) -> Settings:
-    """Resolve the settings from this command's flags, the environment and the config file. `fixed` values count as flags."""
+def settings_of(args: Namespace, fixed: Mapping[str, RawValue] | None = None, environ: Mapping[str, str] | None = None) -> Settings:
+    """Resolve the settings from this command's flags, the environment and the config file. `fixed` values count as flags.
+
+    `environ`: another environment than that of this process.
+    """
     flags: dict[str, RawValue | None] = {setting.name: getattr(args, _destination(setting), None) for setting in SETTINGS}
-    return Settings({**flags, **(fixed or {})})
+    return Settings({**flags, **(fixed or {})}, environ)
 
 
 def add_state(parser: ArgumentParser) -> None:
