@@ -161,7 +161,7 @@ def _read_file(path: Path, *, must_exist: bool) -> dict[str, RawValue]:
         if must_exist:
             raise ConfigError(f"there is no config file {path}", hint="give --config a file that exists, or leave it out") from None
         return {}
-    except (OSError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError) as error:  # also of bytes that are no UTF-8
         raise ConfigError(f"can't read the config file {path}: {error}", hint="correct it, or name another with --config") from None
     return {_known_key(key, path): _file_value(key, value, path) for key, value in table.items()}
 

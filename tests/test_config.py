@@ -107,6 +107,13 @@ def test_the_error_for_a_wrong_file_names_it(tmp_path: Path, text: str, says: st
     assert says in str(caught.value)
 
 
+def test_a_file_that_is_no_text_is_one_clear_error(tmp_path: Path) -> None:
+    path = tmp_path / "config.toml"
+    path.write_bytes(b'name = "\xff"\n')
+    with pytest.raises(ConfigError, match=r"can't read the config file .*config\.toml"):
+        load_config({"config": str(path)}, {})
+
+
 def test_a_missing_file_is_an_error_only_if_it_was_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     assert Settings({}, {})["threads"].origin == "default"

@@ -8,7 +8,7 @@ from typing import Any
 from meshd.cli.support.answering import notice
 from meshd.cli.support.arguments import Parser, add_client
 from meshd.cli.support.client import Daemon, daemon_of
-from meshd.cli.support.output import show
+from meshd.cli.support.output import print_json, show
 from meshd.cli.support.progress import Progress, progress
 from meshd.display import plural
 from meshd.errors import MeshdError, Unavailable
@@ -30,7 +30,7 @@ def run(args: Namespace) -> int:
     daemon = daemon_of(args)
     if args.close:
         closed = daemon.delete("/mesh/v1/invites")["closed"]
-        show("the invite is closed" if closed else "no invite is open")
+        print_json({"closed": closed}) if args.json else show("the invite is closed" if closed else "no invite is open")
         return 0
     return _invite(daemon, args.minutes, as_json=args.json)
 

@@ -153,7 +153,7 @@ async def _serve(config: Config, manager: ServiceManager, read: "Callable[[], Co
     def ready(info: "DaemonInfo") -> None:
         _leave_out_of_collections()
         stopping.can_wait = True
-        manager.ready(f"up as {info.name}, API {info.api}, links {info.link}")
+        manager.ready(_status(info))
         stopping.reload = lambda: _reload(info, manager)
         _print_ready(info)
 
@@ -195,7 +195,12 @@ def _reload(info: "DaemonInfo", manager: ServiceManager) -> None:
             info.reload()
     except MeshdError as error:
         log.error("the settings stay as they are: %s", error)
-    manager.ready(f"up as {info.name}, API {info.api}, links {info.link}")
+    finally:  # else systemd would wait for the end of the reload
+        manager.ready(_status(info))
+
+
+def _status(info: "DaemonInfo") -> str:
+    return f"up as {info.name}, API {info.api}, links {info.link}"
 
 
 class _Stopping:

@@ -73,6 +73,7 @@ def test_json_has_a_line_for_each_change(invited: Callable[..., CompletedProcess
 def test_an_invite_is_closed(api: Api, meshd: Meshd, closed: int, said: str) -> None:
     api.answer("DELETE", "/mesh/v1/invites", {"closed": closed})
     assert said in meshd("invite", "--close", "--api", api.url).stdout
+    assert json.loads(meshd("invite", "--close", "--json", "--api", api.url).stdout) == {"closed": closed}
 
 
 @pytest.mark.parametrize("code", ["7-amber", "7-amber-lyon", "x", "7-amber-lion@", "7-amber-lion@host", "7-amber-lion@host:99999"])
