@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from meshd.cli.support.units import Service, command_of, systemd_unit
-from real_daemons.cluster import MODEL, Cluster, Daemon, wait_for
+from real_daemons.cluster import MODEL, Cluster, Daemon, make_cluster, wait_for
 
 WATCHDOG_S = 1.5
 
@@ -40,10 +40,8 @@ class Manager:
 
 @pytest.fixture
 def cluster(tmp_path: Path, shared_cache: Path) -> Iterator[Cluster]:
-    cluster = Cluster(tmp_path / "daemons", shared_cache, forked=False)
-    cluster.root.mkdir()
-    yield cluster
-    cluster.close()
+    (tmp_path / "daemons").mkdir()
+    yield from make_cluster(tmp_path / "daemons", shared_cache)
 
 
 @pytest.fixture

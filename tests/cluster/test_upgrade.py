@@ -14,7 +14,7 @@ import pytest
 
 from meshd.protocol.messages import PROTOCOL_VERSION
 from real_daemons.builds import next_major, next_minor
-from real_daemons.cluster import MODEL, Cluster, Daemon, wait_for
+from real_daemons.cluster import MODEL, Cluster, Daemon, make_cluster, wait_for
 
 pytestmark = pytest.mark.timeout(420)  # three daemons are started twice, beside requests that never pause
 FLAGS = ("--drain-timeout", "60", "--copies", "2")
@@ -58,10 +58,8 @@ class Stream:
 
 @pytest.fixture
 def cluster(tmp_path: Path, shared_cache: Path) -> Iterator[Cluster]:
-    cluster = Cluster(tmp_path / "daemons", shared_cache, forked=False)
-    cluster.root.mkdir()
-    yield cluster
-    cluster.close()
+    (tmp_path / "daemons").mkdir()
+    yield from make_cluster(tmp_path / "daemons", shared_cache)
 
 
 def upgrade(cluster: Cluster, name: str, build: Path) -> None:
@@ -116,28 +114,19 @@ def test_three_peers_are_upgraded_one_at_a_time_and_no_request_fails(cluster: Cl
         assert cluster.alive(daemon) == {"a", "b", "c"}
 
 
-def test_an_old_peer_answers_an_unknown_message_and_keeps_the_link(cluster: Cluster, tmp_path: Path) -> None:
+def refused(daemon: Daemon) -> list[dict[str, Any]]:
+    return [row for row in daemon.rows("peers") if row["state"] == "refused"]
+
+
+def test_a_minor_version_apart_keeps_the_link_and_a_major_one_says_why_there_is_none(cluster: Cluster, tmp_path: Path) -> None:
     cluster.start("a", flags=FLAGS)
-    cluster.build = next_minor(tmp_path / "build")
+    cluster.build = next_minor(tmp_path / "minor")
     cluster.start("b", flags=FLAGS)
     cluster.see_each_other()
-    wait_for(lambda: "reports: " in cluster["b"].log.read_text(), "a's ERROR to arrive at b", cluster["b"])
-    assert "4000" in cluster["b"].log.read_text()
-    time.sleep(3)  # longer than the silence after which a link ends
-    assert cluster.alive(cluster["a"]) == cluster.alive(cluster["b"]) == {"a", "b"}
-    assert "is down" not in cluster["a"].log.read_text() + cluster["b"].log.read_text()
-
-
-def test_a_major_version_apart_status_says_why_there_is_no_link(cluster: Cluster, tmp_path: Path) -> None:
-    cluster.start("a", flags=FLAGS)
-    cluster.build = next_major(tmp_path / "build")
-    cluster.start("b", flags=FLAGS)
-
-    def refused(daemon: Daemon) -> list[dict[str, Any]]:
-        return [row for row in daemon.rows("peers") if row["state"] == "refused"]
-
-    for name in ("a", "b"):
-        wait_for(lambda name=name: refused(cluster[name]), f"{name} to refuse the other", cluster[name])
+    cluster.build = next_major(tmp_path / "major")
+    cluster.start("c", flags=FLAGS)  # dials a
+    for name, other in (("a", "c"), ("c", "a")):
+        wait_for(lambda name=name: refused(cluster[name]), f"{name} to refuse {other}", cluster[name])
         ours, theirs = (PROTOCOL_VERSION, (PROTOCOL_VERSION[0] + 1, 0))[:: 1 if name == "a" else -1]
         why = refused(cluster[name])[0]["reason"]
         assert f"protocol {theirs[0]}.{theirs[1]}" in why, why
@@ -145,4 +134,9 @@ def test_a_major_version_apart_status_says_why_there_is_no_link(cluster: Cluster
     command = [sys.executable, "-P", "-m", "meshd", "status", "--api", cluster["a"].api]
     shown = subprocess.run(command, capture_output=True, text=True, timeout=30).stdout
     assert f"speaks protocol {PROTOCOL_VERSION[0] + 1}.0" in shown
+    wait_for(lambda: "reports: " in cluster["b"].log.read_text(), "a's ERROR to arrive at b", cluster["b"])
+    assert "4000" in cluster["b"].log.read_text(), "the number of the message that a does not know"
+    time.sleep(3)  # longer than the silence after which a link ends
+    assert cluster.alive(cluster["a"]) == cluster.alive(cluster["b"]) == {"a", "b"}
+    assert "is down" not in cluster["a"].log.read_text() + cluster["b"].log.read_text()
     assert ask(cluster["a"])

@@ -76,9 +76,9 @@ class Cluster:
     """Whether daemons are forked (`real_daemons.forked`). False: each is a new Python process, for tests that measure memory."""
     daemons: dict[str, Daemon] = field(default_factory=dict)
     prefix: tuple[str, ...] = ()
-    """Command that starts the next daemons, unless they are forked: it must run its arguments as a process of the same group."""
+    """Command that starts the next daemons, which are not forked then: it must run its arguments as a process of the same group."""
     build: Path | None = None
-    """Source tree that the next daemons run from, unless they are forked (`real_daemons.builds`). None: this one."""
+    """Source tree that the next daemons run from, which are not forked then (`real_daemons.builds`). None: this one."""
     _key: str = ""
 
     def __getitem__(self, name: str) -> Daemon:
@@ -103,7 +103,7 @@ class Cluster:
             self._key = self._key or self.key(first)
             command += ["--key", self._key, "--peer", first.link]
         command += flags
-        if self.forked:
+        if self.forked and not self.prefix and self.build is None:
             return Daemon(name, state, fork(command, log), log)
         with log.open("a") as output:
             env = os.environ | {"PYTHONPATH": str(self.build)} if self.build is not None else None
