@@ -1,9 +1,11 @@
-"""Format sizes, rates and times for people. The command line and the monitor show them alike."""
+"""Format sizes, rates, times and rows for people. The command line and the monitor show them alike."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 ABSENT = "-"
+_RECOVERIES = 3
+"""Number of recoveries shown per session. `--json` lists all of them, with their reasons."""
 
 
 def size(count: float | None) -> str:
@@ -57,3 +59,24 @@ def plural(count: int, noun: str) -> str:
 def layers(value: Any) -> str:
     """Format a half-open layer range, `[0, 12]` in JSON, as `0-12`."""
     return value if isinstance(value, str) else f"{value[0]}-{value[1]}"
+
+
+LINK_HEADERS = ("FROM", "TO", "ROUND TRIP", "HOP", "BANDWIDTH")
+
+
+def link_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """Format a link in one direction, under `LINK_HEADERS`."""
+    return (
+        row["source_name"],
+        row["target_name"],
+        duration(row["rtt_s"]),
+        duration(row["hop_s"] or None),
+        rate(row["bandwidth_bytes_s"]),
+    )
+
+
+def recovered(changes: Sequence[Mapping[str, Any]]) -> str:
+    """Format the latest recoveries of a session, and the number of earlier ones."""
+    shown = [f"{change['method']} {duration(change['pause_ms'] / 1e3)}" for change in changes[-_RECOVERIES:]]
+    more = len(changes) - len(shown)
+    return ", ".join([f"{more} more", *shown] if more else shown) or ABSENT

@@ -8,13 +8,11 @@ from typing import Any
 from meshd.cli.support.arguments import Parser, add_client, add_json
 from meshd.cli.support.client import Daemon, daemon_of
 from meshd.cli.support.output import print_json, show, table
-from meshd.display import ABSENT, duration, flops, plural, rate, short_id, size
+from meshd.display import ABSENT, LINK_HEADERS, duration, flops, link_cells, plural, rate, recovered, short_id, size
 
 EXAMPLE = "meshd status\n  meshd status --watch\n  meshd status --json"
 LISTS = ("peers", "links", "models", "sessions")
 Row = Mapping[str, Any]
-_RECOVERIES = 3
-"""Number of recoveries shown per session. `--json` lists all of them, with their reasons."""
 
 
 def add_arguments(parser: Parser) -> None:
@@ -72,8 +70,7 @@ def render(status: Mapping[str, Any]) -> str:
 
 def links_table(rows: Sequence[Row]) -> str:
     """Format links: one line per measured direction."""
-    headers = ("FROM", "TO", "ROUND TRIP", "HOP", "BANDWIDTH")
-    return table(headers, map(_link, rows))
+    return table(LINK_HEADERS, map(link_cells, rows))
 
 
 def _headline(own: Row, peers: Sequence[Row]) -> str:
@@ -130,16 +127,6 @@ def _holding(held: Row, models: Mapping[str, str]) -> str:
     return f"{name} {held['layers']}" + (f" ({state})" if state else "")
 
 
-def _link(row: Row) -> tuple[str, ...]:
-    return (
-        row["source_name"],
-        row["target_name"],
-        duration(row["rtt_s"]),
-        duration(row["hop_s"] or None),
-        rate(row["bandwidth_bytes_s"]),
-    )
-
-
 def _sessions(rows: Sequence[Row]) -> str:
     headers = ("SESSION", "ROLE", "MODEL", "STATE", "TOKENS", "PLAN", "MIRRORED", "RECOVERED")
     return table(headers, map(_session, rows))
@@ -148,11 +135,4 @@ def _sessions(rows: Sequence[Row]) -> str:
 def _session(row: Row) -> tuple[str, ...]:
     known = (str(row.get(key) or ABSENT) for key in ("id", "role", "model", "state", "tokens", "plan"))
     mirrors = ", ".join(f"stage {copy['stage']} at {copy['name']}" for copy in row.get("mirrors", ()))
-    return (*known, mirrors or ABSENT, _recovered(row.get("recoveries", ())))
-
-
-def _recovered(changes: Sequence[Row]) -> str:
-    """Format the latest recoveries of a session, and the number of earlier ones."""
-    shown = [f"{change['method']} {duration(change['pause_ms'] / 1e3)}" for change in changes[-_RECOVERIES:]]
-    more = len(changes) - len(shown)
-    return ", ".join([f"{more} more", *shown] if more else shown) or ABSENT
+    return (*known, mirrors or ABSENT, recovered(row.get("recoveries", ())))

@@ -12,8 +12,6 @@ from subprocess import CompletedProcess
 
 import pytest
 
-from fake_api.rows_server import Api
-
 Meshd = Callable[..., CompletedProcess[str]]
 
 
@@ -60,5 +58,5 @@ def test_on_a_terminal_it_draws_at_once_and_q_ends_it(tmp_path: Path) -> None:
     assert b"127.0.0.1:1" in drawn
 
 
-def test_a_wrong_address_is_one_line(meshd: Meshd, api: Api) -> None:
+def test_a_wrong_option_is_wrong_usage(meshd: Meshd) -> None:
     assert meshd("top", "--port", "1").returncode == 2

@@ -10,7 +10,7 @@ from textual.binding import Binding, BindingType
 from textual.widgets import DataTable, Static
 
 from meshd.bounds import printable
-from meshd.display import ABSENT, duration, flops, rate, size
+from meshd.display import ABSENT, LINK_HEADERS, flops, link_cells, rate, size
 from meshd.tui.rows import Row, peer_key
 from meshd.tui.screens.dialogs import Confirm
 from meshd.tui.screens.listing import ListingScreen
@@ -33,13 +33,13 @@ class ClusterScreen(ListingScreen):
             "PEER", "STATE", "MEMORY", "LOAD", "TOK/S", "SESSIONS", "HOLDS", "DECODE", "PREFILL", "TEMP", "BATTERY", id="peers"
         )
         yield Static(id="left-out")
-        yield RowsTable("FROM", "TO", "ROUND TRIP", "HOP", "BANDWIDTH", id="links")
+        yield RowsTable(*LINK_HEADERS, id="links")
 
     def draw(self) -> None:
         peers = self.cluster.rows["peers"]
         self.query_one("#peers", RowsTable).follow((peer_key(row), self._peer(row)) for row in peers)
         links = self.cluster.rows["links"]
-        self.query_one("#links", RowsTable).follow((f"{row['source']} {row['target']}", _link(row)) for row in links)
+        self.query_one("#links", RowsTable).follow((f"{row['source']} {row['target']}", link_cells(row)) for row in links)
         troubles = [_trouble(row) for row in peers if row["reason"]]
         shown = self.query_one("#left-out", Static)
         shown.display = bool(troubles)
@@ -126,13 +126,3 @@ def _trouble(row: Row) -> str:
     left_out = "" if row["state"] in ("alive", "other cluster") else " is left out"
     hint = f"; {row['hint']}" if row.get("hint") else ""
     return printable(f"{row['name']}{left_out}: {row['reason']}{hint}")
-
-
-def _link(row: Row) -> Cells:
-    return (
-        row["source_name"],
-        row["target_name"],
-        duration(row["rtt_s"]),
-        duration(row["hop_s"] or None),
-        rate(row["bandwidth_bytes_s"]),
-    )

@@ -1,6 +1,6 @@
 """The sessions of the whole cluster: how fast each runs, over which peers, and what it has been through."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from rich.text import Text
@@ -10,7 +10,7 @@ from textual.binding import Binding, BindingType
 from textual.widgets import DataTable, Static
 
 from meshd.bounds import printable
-from meshd.display import ABSENT, duration
+from meshd.display import ABSENT, duration, recovered
 from meshd.tui.cluster import Event
 from meshd.tui.log_filter import time_of
 from meshd.tui.rows import Row
@@ -18,7 +18,6 @@ from meshd.tui.screens.dialogs import Choose, Confirm
 from meshd.tui.screens.listing import ListingScreen
 from meshd.tui.widgets.rows_table import Cells, RowsTable
 
-_RECOVERIES = 3
 _LINES = 6
 _HEADERS = ("SESSION", "STATE", "TOKENS", "TOK/S", "TTFT", "TPOT", "PREDICTED", "PLAN", "RECOVERED", "MODEL")
 
@@ -58,7 +57,7 @@ class SessionScreen(ListingScreen):
             duration(plan.get("measured_tpot_s") or None),
             duration(plan.get("predicted_tpot_s") or None),
             row["plan"] or ABSENT,
-            _recovered(row.get("recoveries", ())),
+            recovered(row.get("recoveries", ())),
             row["model"],
         )
 
@@ -108,9 +107,3 @@ class SessionScreen(ListingScreen):
         session = self._selected()
         if session is not None:
             await self.monitor.show_logs(f"session:{session[:8]}")
-
-
-def _recovered(changes: Sequence[Mapping[str, Any]]) -> str:
-    shown = [f"{change['method']} {duration(change['pause_ms'] / 1e3)}" for change in changes[-_RECOVERIES:]]
-    more = len(changes) - len(shown)
-    return ", ".join([f"{more} more", *shown] if more else shown) or ABSENT
