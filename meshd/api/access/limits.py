@@ -78,7 +78,7 @@ class KeyUse:
     @property
     def running(self) -> int:
         """Requests that run now, and answers that run in the background."""
-        self._background = [answer for answer in self._background if answer.status in ("queued", "in_progress")]
+        self._forget_ended()
         return len(self._running) + len(self._background)
 
     def admit(self, now: float) -> Admission:
@@ -112,3 +112,7 @@ class KeyUse:
     def _ended(self, admission: Admission) -> None:
         self._running.discard(admission)
         self._background += admission.answers
+        self._forget_ended()  # a key without a limit is never asked how much runs
+
+    def _forget_ended(self) -> None:
+        self._background = [answer for answer in self._background if answer.status in ("queued", "in_progress")]

@@ -1,5 +1,7 @@
 """The limits of one key, by a clock that the test sets."""
 
+import weakref
+
 import msgspec
 import pytest
 
@@ -81,3 +83,15 @@ async def test_a_revoked_key_gives_back_the_answers_that_are_to_be_cancelled() -
     ended.close()
     assert set(use.revoke("revoked")) == set(answers)
     assert running.revoked == "revoked"
+
+
+def test_ended_answers_of_a_key_without_limits_are_not_kept() -> None:
+    use, ended = KeyUse(KEY), Answer()
+    kept = weakref.ref(ended)
+    admission = use.admit(0.0)
+    admission.answers.append(ended)
+    admission.close()
+    ended.status = "completed"
+    del ended, admission
+    use.admit(1.0).close()
+    assert kept() is None
