@@ -34,7 +34,7 @@ MeshdError                      code, message, hint; only its subclasses are rai
 Each class has one stable `code`, which is the same in API JSON, in ERROR messages on the wire, in the log and on the command line.
 """
 
-from typing import ClassVar
+from typing import ClassVar, Self
 
 
 class MeshdError(Exception):
@@ -49,6 +49,12 @@ class MeshdError(Exception):
 
     def __str__(self) -> str:
         return f"{self.message}; {self.hint}" if self.hint else self.message
+
+    def copy(self) -> Self:
+        """Return the error without its traceback, which keeps every frame that it passed alive, and so whole requests."""
+        twin = type(self).__new__(type(self), *self.args)
+        twin.__dict__.update(self.__dict__)
+        return twin
 
 
 class UsageError(MeshdError):

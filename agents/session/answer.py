@@ -401,6 +401,8 @@ class Answer:
         self.ended_at = self.context.clock.monotonic()
         self._note(what, tokens=len(self.output.tokens), why=why)
         self.tasks.cancel()
+        if self.machine.error is not None:  # an answer is kept for minutes, and must not keep all that its error has passed
+            self.machine.error.__traceback__ = self.machine.error.__cause__ = self.machine.error.__context__ = None
         if not self.opened.done():
             self.opened.set_exception(self.machine.error or self._stop_reason())
             self.opened.exception()  # marks the error as retrieved: asyncio logs an exception that nobody has awaited
@@ -442,7 +444,7 @@ class Answer:
     def _raise_if_stopped(self) -> None:
         if self.running:
             return
-        raise self.machine.error or self._stop_reason()
+        raise self.machine.error.copy() if self.machine.error is not None else self._stop_reason()
 
     def _stop_reason(self) -> MeshdError:
         """Returns: why the answer stopped, if no error stopped it."""

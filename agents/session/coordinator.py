@@ -49,7 +49,7 @@ log = getLogger(__name__)
 _TICK_S = 0.1
 _CHECK_PLANS_S = 1.0
 """Interval at which running answers are checked for missing mirrors and better plans."""
-_MAX_RETAINED = 256
+_MAX_RETAINED, _MAX_RETAINED_BYTES = 256, 128 << 20
 _RETAIN_S = 600.0
 """How long an answer that has ended or is suspended is retained for later readers."""
 _HAND_OVER_S = 0.5
@@ -421,9 +421,10 @@ class Coordinator:
         if answer.machine.released:
             self.journal.release(answer.session)
         elif answer.ended:
-            if answer.record.store:
+            keep = answer.record.store and answer.machine.begun  # nobody was told the id of one that never ran
+            if keep:
                 self._retain(answer)
-            self.journal.end(answer.session, answer.snapshot().finish, keep=answer.record.store)
+            self.journal.end(answer.session, answer.snapshot().finish, keep=keep)
         else:
             self._retain(answer)
             self._journal(answer)
@@ -434,11 +435,14 @@ class Coordinator:
         self.journal.begin(answer.session, answer.snapshot, lambda: answer.plan.peers if answer.plan else ())
 
     def _retain(self, answer: Answer) -> None:
-        """Retain an answer for later readers. Forget the oldest answers beyond `_MAX_RETAINED`."""
+        """Retain an answer for later readers. Forget the oldest ones beyond `_MAX_RETAINED` and `_MAX_RETAINED_BYTES`."""
         self.retained[answer.session] = answer
         self.retained.move_to_end(answer.session)
-        while len(self.retained) > _MAX_RETAINED:
-            self._forget(next(iter(self.retained.values())))
+        size = sum(kept.output.size for kept in self.retained.values())
+        while len(self.retained) > _MAX_RETAINED or (size > _MAX_RETAINED_BYTES and len(self.retained) > 1):
+            oldest = next(iter(self.retained.values()))
+            size -= oldest.output.size
+            self._forget(oldest)
 
     def _expire(self, now: float) -> None:
         for answer in list(self.retained.values()):

@@ -17,6 +17,9 @@ from meshd.types import FinishReason, ModelCard, TokenLogprobs
 
 _SLICE = 64
 """Number of tokens that `restore` decodes at once: less than a millisecond of work."""
+_ANSWER_BYTES, _PROMPT_TOKEN_BYTES, _TOKEN_BYTES, _LOGPROB_BYTES = 10_000, 36, 200, 320
+"""Memory of an answer's Python objects, as measured: all that do not depend on its length, a token of the prompt, one of the answer
+with its text, and each logprob of a token."""
 
 
 @dataclass(slots=True)
@@ -61,6 +64,14 @@ class AnswerOutput:
         if self.first_token_at is None or self.timed_tokens < 2:
             return 0.0
         return (self.last_token_at - self.first_token_at) / (self.timed_tokens - 1)
+
+    @property
+    def size(self) -> int:
+        """Approximate bytes that the answer takes in memory, with its prompt."""
+        record, token_bytes = self.record, _TOKEN_BYTES
+        if record.sampling.logprobs is not None:
+            token_bytes += _LOGPROB_BYTES * (1 + record.sampling.logprobs)
+        return _ANSWER_BYTES + len(record.renderer) + _PROMPT_TOKEN_BYTES * len(record.prompt) + token_bytes * len(self.tokens)
 
     def restart(self, now: float) -> None:
         """Measure times from `now`, because the answer runs again after a suspension."""

@@ -1,13 +1,14 @@
 """One answer: what its readers see, what its stages are sent, and what its record contains."""
 
 import asyncio
+import weakref
 
 import pytest
 
 from in_process.answers import AnswerSite
 from in_process.peers import Peers, until
 from meshd.agents.service import Finished, TextDelta
-from meshd.errors import Cancelled, DoesNotFit, InvalidSampling, MeshdError
+from meshd.errors import Cancelled, DoesNotFit, InvalidSampling, MeshdError, PeerLost
 from meshd.protocol.messages import Close, Error, Prompt
 from meshd.types import FinishReason
 from sim.toy.text import letter
@@ -85,6 +86,37 @@ async def test_only_a_background_answer_continues_without_a_reader(peers: Peers,
     readers[1].cancel()
     await asyncio.gather(readers[1], return_exceptions=True)
     assert site.answer.status == (before if background else "suspended")
+
+
+async def test_an_answer_that_is_kept_keeps_nothing_alive_that_its_error_has_passed(site: AnswerSite) -> None:
+    class Request:
+        """As a handler's local variable."""
+
+    passed: list[weakref.ref[Request]] = []
+
+    async def handle() -> None:
+        request = Request()
+        passed.append(weakref.ref(request))
+        try:
+            raise PeerLost("gone") from ValueError("as well")
+        except PeerLost as error:
+            site.answer.plan_failed(error)
+
+    async def read_again() -> None:
+        request = Request()
+        passed.append(weakref.ref(request))
+        with pytest.raises(PeerLost, match="gone; ask later"):
+            await read(site)
+
+    await site.open()
+    site.answer.overdue("late", None)
+    await handle()
+    assert site.answer.status == "suspended"
+    assert site.answer.error is not None
+    site.answer.error.hint = "ask later"
+    await read_again()
+    await read_again()
+    assert [each() for each in passed] == [None] * 3
 
 
 async def test_a_record_restores_the_answer_that_it_was_made_of(site: AnswerSite, peers: Peers) -> None:

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any, cast
 
+import msgspec
 import pytest
 
 from in_process.answers import CARD, AnswerSite
@@ -14,15 +15,21 @@ from meshd.agents.observe.stream import EventStream
 from meshd.agents.placement.model_library import ModelLibrary
 from meshd.agents.placement.weights.headers import HeaderFetcher
 from meshd.agents.service import GenerationRequest
+from meshd.agents.session import coordinator as coordinator_module
 from meshd.agents.session.admission import Admission
+from meshd.agents.session.answer import Answer
 from meshd.agents.session.coordinator import Coordinator
+from meshd.agents.session.journal.writer import JournalWriters
 from meshd.agents.session.plan.move import Mover
 from meshd.agents.session.plan.retry import PlanRetrier
-from meshd.errors import InvalidSampling, PeerFault, RemoteFailure
+from meshd.errors import InvalidRequest, InvalidSampling, PeerFault, RemoteFailure
 from meshd.models.store.store import Store
 from meshd.protocol.messages import Journaled, Move, Moved, Reply
 from meshd.telemetry import Telemetry
-from meshd.types import PeerId, SamplingParams
+from meshd.types import PeerId, SamplingParams, SessionId
+from sim.toy.text import toy_text
+
+TEXT = toy_text(CARD)
 
 
 def coordinator_of(keeper: Keeper) -> Coordinator:
@@ -69,6 +76,40 @@ async def test_a_move_is_forwarded_to_the_coordinator_and_any_other_reply_is_its
         else:
             with pytest.raises(PeerFault, match="MOVE was answered with Journaled"):
                 await coordinator_of(a).move(S, a.id, None)
+
+
+async def test_answers_are_retained_up_to_a_number_of_bytes(peers: Peers, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with Keepers(peers).linked("a", "b") as (a, _):
+        coordinator = coordinator_of(a)
+        coordinator.journal = JournalWriters(a.id, a.peer.links, a.clock, list)
+        site = AnswerSite(peers.start("c"))
+        record = msgspec.structs.replace(site.answer.record, prompt=tuple(range(1000, 3000)))
+        records = [msgspec.structs.replace(record, session=SessionId(f"{number:032}")) for number in range(6)]
+        answers = [Answer(record, CARD, TEXT, site._context()) for record in records]
+        monkeypatch.setattr(coordinator_module, "_MAX_RETAINED_BYTES", 3 * answers[0].output.size)
+        for answer in answers:
+            coordinator._retain(answer)
+        assert list(coordinator.retained.values()) == answers[-3:]
+        monkeypatch.setattr(coordinator_module, "_MAX_RETAINED_BYTES", 1)
+        coordinator._retain(answers[0])
+        assert list(coordinator.retained.values()) == answers[:1]
+
+
+@pytest.mark.parametrize("ran", [True, False])
+async def test_an_answer_that_never_ran_is_not_retained_because_nobody_knows_its_id(peers: Peers, ran: bool) -> None:
+    async with Keepers(peers).linked("a", "b") as (a, _):
+        coordinator = coordinator_of(a)
+        coordinator.journal = JournalWriters(a.id, a.peer.links, a.clock, list)
+        site = AnswerSite(peers.start("c"))
+        answer = Answer(site.answer.record, CARD, TEXT, coordinator._context)
+        coordinator.admission.enter_ahead()
+        coordinator._run(answer, a.clock.monotonic())
+        if ran:
+            answer.machine.kv_plan = site.plan()
+        answer.plan_failed(InvalidRequest("it fits nowhere"))
+        assert answer.status == "failed"
+        assert list(coordinator.retained) == ([answer.session] if ran else [])
+        assert coordinator.admission.running == 0
 
 
 async def test_a_move_of_a_session_that_is_not_coordinated_here_is_refused(peers: Peers) -> None:
