@@ -33,8 +33,8 @@ BATCH_BYTES: Final = 64 << 10
 MAX_WATCHERS = 16
 EVENTS_PER_S, EVENTS_AT_ONCE = 500.0, 5000
 """Events that are taken from one peer. Further ones are counted."""
-MAX_ROWS = 2048
-"""Rows that one peer may have here."""
+MAX_ROWS, MAX_ROWS_BYTES = 2048, 4 << 20
+"""Rows that one peer may have here. A row over these limits is left out."""
 MAX_KEY = 200
 
 
@@ -51,8 +51,9 @@ class _Watched:
     """A peer whose events come here."""
 
     budget: TokenBucket = field(default_factory=lambda: TokenBucket(EVENTS_PER_S, EVENTS_AT_ONCE))
-    rows: set[Key] = field(default_factory=set)
-    """Listing and key of its rows."""
+    rows: dict[Key, bytes] = field(default_factory=dict)
+    """Its rows as lines of the stream, by listing and key, for readers that come later."""
+    rows_bytes: int = 0
     lost: int = 0
     """Events over its budget that its readers have not been told of."""
 
@@ -92,6 +93,10 @@ class EventRelay:
             self._ask(self.clock.monotonic())
             self._tell(self.clock.monotonic())
 
+    def whole(self) -> list[bytes]:
+        """Return the rows of other peers as lines of the stream, for a reader that has none."""
+        return [line for watched in self._watched.values() for line in watched.rows.values()]
+
     def on_peer_gone(self, peer: PeerId) -> None:
         """Forget a lost peer. Its rows are gone."""
         self._watchers.pop(peer, None)
@@ -105,6 +110,7 @@ class EventRelay:
         if not self.stream.readers:
             for peer in list(self._watched):
                 self._forget(peer)
+                try_send(self.links.send, peer, WatchEvents(lease_ms=0))  # else it would send no rows when the next reader comes
             self._asked_at = float("-inf")
         elif now - self._asked_at >= RENEW_S:
             self._asked_at = now
@@ -123,6 +129,7 @@ class EventRelay:
         for listing, key in sorted(watched.rows):
             self._publish(peer, self.clock.wall(), Gone(list=listing, key=key))
         watched.rows.clear()
+        watched.rows_bytes = 0
 
     def _on_events(self, sender: PeerId, message: PeerEvents, payload: memoryview) -> None:
         watched = self._watched.get(sender)
@@ -148,26 +155,33 @@ class EventRelay:
 
     def _take(self, sender: PeerId, watched: _Watched, at: float, event: Event) -> None:
         match event:
-            case Row(list=listing, key=key) if listing in TOLD and len(key) <= MAX_KEY:
-                event = msgspec.structs.replace(event, key=f"{sender} {key}")
-                if (listing, event.key) not in watched.rows and len(watched.rows) >= MAX_ROWS:
-                    return
-                watched.rows.add((listing, event.key))
-            case Gone(list=listing, key=key) if listing in TOLD:
-                event = msgspec.structs.replace(event, key=f"{sender} {key}")
-                if (listing, event.key) not in watched.rows:
-                    return
-                watched.rows.discard((listing, event.key))
+            case Row(list=listing, key=key) | Gone(list=listing, key=key) if listing in TOLD and len(key) <= MAX_KEY:
+                self._take_row(sender, watched, at, msgspec.structs.replace(event, key=f"{sender} {key}"))
             case Row() | Gone() | Lost() | Missed():
                 return  # about what this peer knows itself
-        self._publish(sender, at, event)
+            case _:
+                self._publish(sender, at, event)
 
-    def _publish(self, peer: PeerId, at: float, event: Event) -> None:
-        self.stream.relay(event, peer, self.names(peer), at)
+    def _take_row(self, sender: PeerId, watched: _Watched, at: float, event: Row | Gone) -> None:
+        key = event.list, event.key
+        before = watched.rows.pop(key, None)
+        watched.rows_bytes -= len(before or b"")
+        if isinstance(event, Row) and len(watched.rows) < MAX_ROWS and watched.rows_bytes < MAX_ROWS_BYTES:
+            watched.rows[key] = line = self._publish(sender, at, event)
+            watched.rows_bytes += len(line)
+        elif before is not None:
+            self._publish(sender, at, Gone(list=event.list, key=event.key))
+
+    def _publish(self, peer: PeerId, at: float, event: Event) -> bytes:
+        return self.stream.relay(event, peer, self.names(peer), at)
 
     # What this peer sends.
 
     def _on_watch(self, sender: PeerId, message: WatchEvents, payload: memoryview) -> None:
+        if not message.lease_ms:
+            self._watchers.pop(sender, None)
+            self.stream.watchers = len(self._watchers)
+            return
         until = self.clock.monotonic() + min(message.lease_ms / 1000, LEASE_S)
         known = self._watchers.get(sender)
         if known is not None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from meshd.agents.admin.event_relay import EventRelay
 from meshd.agents.admin.listings import Listings
 from meshd.agents.admin.model_files import ModelFiles
 from meshd.agents.admin.story_collector import StoryCollector
@@ -63,6 +64,7 @@ class ClusterView:
     stream: EventStream
     listings: Listings
     rows: RowFeed
+    relay: EventRelay
     inviter: Inviter
     reload_settings: Callable[[], dict[str, Any]]
     exchange: TrustExchange
@@ -101,14 +103,17 @@ class ClusterView:
         if after is None:
             await self.rows.refresh()
             after = self.stream.last
-            for line in self.rows.whole():
+            for line in self._rows_of_all():
                 yield EventLine(None, "row", line)
         async with aclosing(self.stream.read(after)) as published:
             async for event in published:
                 yield EventLine(event.number, event.kind, event.line)
                 if event.kind == "lost":
-                    for line in self.rows.whole():
+                    for line in self._rows_of_all():
                         yield EventLine(None, "row", line)
+
+    def _rows_of_all(self) -> list[bytes]:
+        return [*self.rows.whole(), *self.relay.whole()]
 
     async def plan(self, request: PlanRequest) -> dict[str, Any]:
         """See `cluster_service.ClusterService.plan`."""

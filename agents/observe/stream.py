@@ -74,9 +74,14 @@ class EventStream:
         """Return the event as a line of the stream, without adding it."""
         return _encode(event, self._me, self._name, self._clock.wall())
 
-    def relay(self, event: Event, peer: PeerId, name: str, at: float) -> None:
-        """Add an event that another peer has published and that is checked. `at`: when, in seconds since the Unix epoch."""
-        self._add(event, _encode(event, peer, name, at), own=False)
+    def relay(self, event: Event, peer: PeerId, name: str, at: float) -> bytes:
+        """Add an event that another peer has published and that is checked. `at`: when, in seconds since the Unix epoch.
+
+        Returns: the event as a line of the stream.
+        """
+        line = _encode(event, peer, name, at)
+        self._add(event, line, own=False)
+        return line
 
     def since(self, after: int) -> tuple[int, list[Published]]:
         """Return the number of events after number `after` that are not kept any more, and those that are, at once."""

@@ -174,6 +174,7 @@ class Daemon:
             listings=peer.listings,
             files=ModelFiles(peer.library),
             rows=peer.rows,
+            relay=peer.relay,
             reload_settings=lambda: asdict(self.reloader.reload()),
             exchange=peer.exchange,
             about=self._about,

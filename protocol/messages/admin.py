@@ -59,6 +59,7 @@ class Moved(Reply, frozen=True, kw_only=True):
 @message(94)
 class WatchEvents(Message, frozen=True, kw_only=True):
     """Ask the receiver to send its events for `lease_ms`, starting with the rows of its sessions. Renews an earlier request.
+    A lease of 0 ends it.
 
     Only for peers with the feature `events`.
     """

@@ -3,8 +3,9 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator, Collection
-from contextlib import asynccontextmanager
-from typing import Any
+from contextlib import aclosing, asynccontextmanager
+from types import SimpleNamespace
+from typing import Any, cast
 
 import msgspec
 import pytest
@@ -12,6 +13,7 @@ import pytest
 from in_process.peers import Peer, Peers, until
 from meshd.agents.admin import event_relay
 from meshd.agents.admin.event_relay import EVENTS_AT_ONCE, MAX_ROWS, EventRelay
+from meshd.agents.admin.view import ClusterView
 from meshd.agents.observe.events import NoticeGiven
 from meshd.agents.observe.rows import Key, RowFeed
 from meshd.agents.observe.stream import EventStream
@@ -110,9 +112,43 @@ async def test_the_rows_of_a_peer_are_gone_with_its_link_or_with_the_last_reader
         start = a.stream.last
     await until(lambda: a.relay._watched == {})
     assert [event.kind for event in a.stream.since(start)[1]].count("gone") <= 1
-    monotonic = a.relay.clock.monotonic
+    async with a.reading() as events:  # at once, while the lease of the last reader would last
+        await until(lambda: any(event["type"] == "row" for event in foreign(events, b)))
+    await until(lambda: b.stream.watchers == 0)
+
+
+async def test_a_peer_that_does_not_ask_again_is_told_nothing_more(pair: tuple[Site, Site]) -> None:
+    a, b = pair
+    a.peer.links.send(b.peer.id, WatchEvents(lease_ms=10_000))
+    await until(lambda: b.stream.watchers == 1)
+    monotonic = b.relay.clock.monotonic
     b.relay.clock = type("Later", (SystemClock,), {"monotonic": lambda self: monotonic() + event_relay.LEASE_S + 1})()
     await until(lambda: b.stream.watchers == 0)
+
+
+async def test_a_second_reader_has_the_rows_of_other_peers_at_once(pair: tuple[Site, Site]) -> None:
+    a, b = pair
+    view = cast("Any", SimpleNamespace(stream=a.stream, rows=a.rows, relay=a.relay))
+    view._rows_of_all = lambda: ClusterView._rows_of_all(view)
+    async with a.reading() as events:
+        await until(lambda: any(event["type"] == "row" for event in foreign(events, b)))
+        async with aclosing(ClusterView.events(view, None)) as lines:
+            rows = [msgspec.json.decode((await anext(lines)).line) for _ in range(3)]
+    assert [(row["peer"] == b.peer.id, row["list"]) for row in rows] == [(False, "sessions"), (False, "peers"), (True, "sessions")]
+
+
+async def test_rows_of_a_peer_take_a_bounded_room(pair: tuple[Site, Site], monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = pair
+    monkeypatch.setattr(event_relay, "MAX_ROWS_BYTES", 2000)
+    async with a.reading() as events:
+        await until(lambda: a.relay._watched != {})
+        row = {"type": "row", "at": 1.0, "list": "plans", "row": {"id": "x" * 1000}}
+        b.tell(a, *[row | {"key": str(number)} for number in range(9)])
+        b.tell(a, row | {"key": "0", "row": {"id": "y"}}, {"type": "notice", "at": 1.0, "message": "the end", "hint": ""})
+        await until(lambda: any(event.get("message") == "the end" for event in events))
+        watched = a.relay._watched[b.peer.id]
+        assert watched.rows_bytes == sum(map(len, watched.rows.values())) < 4000
+        assert a.relay.whole()[-1].endswith(b'"row":{"id":"y"}}')
 
 
 async def test_a_peer_can_tell_only_of_itself_and_only_what_it_alone_knows(pair: tuple[Site, Site]) -> None:

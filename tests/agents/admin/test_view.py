@@ -99,6 +99,7 @@ def view(agents: RecordedAgents) -> ClusterView:
         "stream": None,
         "listings": listings,
         "rows": None,
+        "relay": None,
         "reload_settings": dict,
         "exchange": None,
         "files": None,
