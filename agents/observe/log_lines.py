@@ -32,7 +32,10 @@ class LogLines(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Publish a line."""
         self._on_line(_level(record.levelno))
-        text = record.getMessage()
+        try:
+            text = record.getMessage()
+        except (TypeError, ValueError):  # the arguments don't fit the message: what logs it must not fail
+            text = str(record.msg)
         session = _SESSION.search(text)
         line = LogLine(level=_level(record.levelno), logger=record.name, text=text, session=session[1] if session else "")
         try:

@@ -5,7 +5,7 @@ import logging
 
 import msgspec
 
-from meshd.agents.observe.log_lines import LINES_AT_ONCE, published
+from meshd.agents.observe.log_lines import LINES_AT_ONCE, LogLines, published
 from meshd.agents.observe.stream import EventStream
 from meshd.clock import SystemClock
 from meshd.types import PeerId
@@ -32,6 +32,14 @@ async def test_lines_become_events_and_name_their_session() -> None:
         await asyncio.sleep(0)
     LOG.warning("after the end")
     assert await lines_of(stream, start) == [("info", f"session {SESSION} goes on", SESSION), ("error", "a disk is full", "")]
+
+
+async def test_a_line_whose_arguments_are_wrong_does_not_fail_what_logs_it() -> None:
+    stream = EventStream(PeerId("p"), "desk", SystemClock())
+    start = stream.last
+    handler = LogLines(stream, SystemClock(), asyncio.get_running_loop(), lambda level: None)
+    handler.handle(logging.makeLogRecord({"msg": "%d seconds", "args": ("two",), "levelno": logging.INFO, "name": "meshd.x"}))
+    assert await lines_of(stream, start) == [("info", "%d seconds", "")]
 
 
 async def test_a_flood_of_lines_does_not_displace_other_events() -> None:
