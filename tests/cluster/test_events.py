@@ -110,7 +110,7 @@ def test_an_answer_is_told_from_its_plan_to_its_predictions(trio: Cluster, reade
 
 
 def test_a_lost_peer_is_told_with_the_recovery(trio: Cluster, reader: Reader) -> None:
-    asking = threading.Thread(target=trio["a"].post, args=("/v1/chat/completions", chat(200)))
+    asking = threading.Thread(target=trio["a"].post, args=("/v1/chat/completions", chat(80)))
     asking.start()
     wait_for(lambda: any(row["state"] == "decoding" for row in reader.rows["sessions"]), "the answer to run", trio["a"])
     trio["b"].kill()
