@@ -16,6 +16,7 @@ import sys
 import tempfile
 import threading
 import time
+from bisect import bisect
 from dataclasses import dataclass, field
 from http.client import HTTPException
 from pathlib import Path
@@ -28,14 +29,16 @@ from real_daemons.mesh import MODEL, Host, Mesh, MeshBroken, http_to, pull_model
 from real_daemons.sites import LocalSite
 
 SAMPLE_S = 2.0
-WARM_UP = 0.35
-"""Share of a life that is left out: allocators, caches and the records of sessions fill up first."""
+WARM_UP, WARM_UP_ANSWERS = 0.35, 1000
+"""What is left out of a life: allocators and caches fill up first, and the records of ended sessions, of which a daemon keeps the
+latest 256 that it coordinated and 512 that it computed."""
 MEMORY_BYTES_H, DESCRIPTORS_H = 24e6, 4.0
 """Largest growth in an hour. Resident memory moves by some megabytes with the allocator; a session's record that leaked would be
 some 10 kB, and there are thousands of them in an hour."""
 LEAST_S = 1200.0
-"""A shorter life says too little about an hour: there, the end may be above the median by the same bound."""
-TOKENS = (8, 40)
+"""A shorter life says too little about an hour: there, and where too few answers came, the end may be above the median by the
+same bound."""
+TOKENS = (4, 32)
 _ASK_S = 120.0
 
 
@@ -45,6 +48,8 @@ class Life:
 
     name: str
     times: list[float] = field(default_factory=list)
+    answers: list[int] = field(default_factory=list)
+    """Answers of all daemons so far, at each sample."""
     memory: list[float] = field(default_factory=list)
     descriptors: list[float] = field(default_factory=list)
 
@@ -52,21 +57,26 @@ class Life:
     def lasted_s(self) -> float:
         return self.times[-1] - self.times[0] if self.times else 0.0
 
-    def add(self, at: float, memory: int, descriptors: int) -> None:
+    def add(self, at: float, answers: int, memory: int, descriptors: int) -> None:
         self.times.append(at)
+        self.answers.append(answers)
         self.memory.append(memory)
         self.descriptors.append(descriptors)
 
     def verdict(self) -> tuple[str, list[str]]:
         """Return a row of the table, and a line for each bound that is passed."""
-        first = next((place for place, at in enumerate(self.times) if at >= self.times[0] + WARM_UP * self.lasted_s), 0)
+        first = bisect(self.times, self.times[0] + WARM_UP * self.lasted_s)
+        filled = bisect(self.answers, self.answers[0] + WARM_UP_ANSWERS)
+        fitted = self.lasted_s >= LEAST_S and filled < 0.8 * len(self.times)
+        if fitted:
+            first = max(first, filled)
         hours = [at / 3600 for at in self.times[first:]]
         problems, shown = [], []
         for what, values, bound, unit in (
             ("memory", [value / 1e6 for value in self.memory[first:]], MEMORY_BYTES_H / 1e6, "MB"),
             ("descriptors", self.descriptors[first:], DESCRIPTORS_H, ""),
         ):
-            if self.lasted_s >= LEAST_S:
+            if fitted:
                 growth = linear_regression(hours, values).slope
                 shown.append(f"{what} {median(values):.0f} {unit}, {growth:+.1f} {unit} in an hour")
             else:
@@ -161,7 +171,7 @@ class Soak:
                     descriptors = len(list(Path(f"/proc/{host.process.pid}/fd").iterdir()))
                     memory = host.resident_bytes()
                     if memory:
-                        life.add(time.monotonic(), memory, descriptors)
+                        life.add(time.monotonic(), self.answers, memory, descriptors)
                         self._table.write(f"{time.time():.0f},{name},{host.process.pid},{self.answers},{memory},{descriptors}\n")
 
     def _ask_always(self, seed: int) -> None:

@@ -11,15 +11,14 @@ sys.path.insert(0, str(Path(__file__).parent))
 from run import Life
 
 
-def life(memory_mb_h: float, descriptors_h: float, *, minutes: int = 60) -> Life:
+def life(memory_mb_h: float, descriptors_h: float, *, minutes: int = 60, answers_s: float = 1.0) -> Life:
     made = Life("h1")
     for second in range(0, 60 * minutes, 2):
         hours = second / 3600
         warm_up = 150e6 * min(1.0, second / 300)
         wave = 3e6 * ((second // 2) % 7 - 3)
-        made.add(
-            1000.0 + second, int(400e6 + warm_up + wave + 1e6 * memory_mb_h * hours), int(40 + second % 3 + descriptors_h * hours)
-        )
+        memory = int(400e6 + warm_up + wave + 1e6 * memory_mb_h * hours)
+        made.add(1000.0 + second, int(answers_s * second), memory, int(40 + second % 3 + descriptors_h * hours))
     return made
 
 
@@ -33,6 +32,12 @@ def test_a_flat_life_passes_in_spite_of_warm_up_and_noise() -> None:
 def test_a_life_that_grows_is_found(memory: float, descriptors: float, what: str) -> None:
     _, problems = life(memory, descriptors).verdict()
     assert [problem.split(" grows")[0] for problem in problems] == [f"h1: {what}"]
+
+
+def test_a_life_of_few_answers_is_not_fitted() -> None:
+    row, problems = life(20.0, 0.0, minutes=30, answers_s=0.5).verdict()
+    assert "at the end" in row
+    assert problems == []
 
 
 @pytest.mark.slow
