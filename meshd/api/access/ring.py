@@ -130,7 +130,7 @@ class KeyRing:
                 await self._cancel_answers()
                 if self._clock.monotonic() - stored >= _USED_S:
                     stored = self._clock.monotonic()
-                    self._store_used()
+                    await asyncio.to_thread(self._store_used)  # a write to flash memory can take seconds
         finally:
             self._store_used()
 
@@ -155,10 +155,11 @@ class KeyRing:
                 log.warning("an answer of a revoked API key could not be cancelled: %s", error)
 
     def _store_used(self) -> None:
-        if self._file is None or self._used == self._used_stored:
+        used = dict(self._used)
+        if self._file is None or used == self._used_stored:
             return
         try:
-            self._file.store_last_used(self._used)
+            self._file.store_last_used(used)
         except StorageError as error:
             log.warning("when API keys were used last is not stored: %s", error)
-        self._used_stored = dict(self._used)
+        self._used_stored = used

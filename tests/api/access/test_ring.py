@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 from fake_api.api_keys import LOCAL
 from fake_api.api_keys import make_key as make
 from fake_api.words import WordsCoordinator
+from meshd.api.access import ring as rings
 from meshd.api.access.key_file import KeyFile
 from meshd.api.access.ring import KeyRing
 from meshd.api.access.scopes import Scope
@@ -248,6 +250,21 @@ async def test_the_last_use_of_a_key_is_stored_when_the_server_stops(http: Http,
     await server.aclose()
     (at,) = file.last_used().values()
     assert abs(at - SystemClock().wall()) < 60
+
+
+async def test_the_last_use_is_stored_beside_the_event_loop(file: KeyFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rings, "WATCH_S", 0.01)
+    monkeypatch.setattr(rings, "_USED_S", 0.0)
+    threads: list[int] = []
+    monkeypatch.setattr(file, "store_last_used", lambda times: threads.append(threading.get_ident()))
+    headers = make(file)
+    ring = KeyRing(SystemClock(), Telemetry(), file=file)
+    assert ring.find([headers["Authorization"].removeprefix("Bearer ")]) is not None
+    watching = asyncio.ensure_future(ring.watch())
+    while not threads:
+        await asyncio.sleep(0.01)
+    watching.cancel()
+    assert threads[0] != threading.get_ident()
 
 
 async def test_an_address_beyond_this_machine_stays_closed_without_keys() -> None:
