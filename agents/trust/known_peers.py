@@ -4,6 +4,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable
 from logging import getLogger
+from operator import itemgetter
 from typing import Annotated
 
 import msgspec
@@ -19,6 +20,8 @@ from meshd.types import PeerId
 log = getLogger(__name__)
 
 NAME = "known-peers.json"
+MAX_KNOWN = MAX_STAYING - 1
+"""All of them can stay in a rotation, with this peer itself."""
 _SAVE_S = 2.0
 """Shortest time between two writes, so that a member that links again and again does not wear the disk out."""
 
@@ -37,7 +40,7 @@ class KnownPeer(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _Document(msgspec.Struct, frozen=True):
-    peers: Annotated[list[KnownPeer], at_most(MAX_STAYING)] = []
+    peers: Annotated[list[KnownPeer], at_most(MAX_KNOWN)] = []
 
 
 class KnownPeers:
@@ -47,8 +50,10 @@ class KnownPeers:
         """Read the register. One that can't be read is logged once, and an empty one begun."""
         self._folder = folder
         self._clock = clock
-        self.keep: Callable[[PeerId], bool] = lambda peer: False
-        """Whether a peer must not be dropped to make room."""
+        self.belongs: Callable[[PeerId], bool] = lambda peer: False
+        """Whether a peer belongs to the cluster: those that do not are the first that are dropped to make room."""
+        self.listed: Callable[[PeerId], bool] = lambda peer: False
+        """Whether the owner has listed a peer: such a peer is not dropped."""
         self._changed = asyncio.Event()
         self._peers: dict[PeerId, KnownPeer] = {}
         self._written = self._encoded()
@@ -73,8 +78,8 @@ class KnownPeers:
         now = self._clock.wall()
         known = self._peers.get(peer)
         if known is None:
-            if len(self._peers) >= MAX_STAYING and not self._make_room(address):
-                log.warning("%s (%.8s) is not recorded: %d peers are known already", name, peer, MAX_STAYING)
+            if len(self._peers) >= MAX_KNOWN and not self._make_room(address):
+                log.warning("%s (%.8s) is not recorded: %d peers are known already", name, peer, MAX_KNOWN)
                 return
             known = KnownPeer(
                 peer=peer,
@@ -118,17 +123,19 @@ class KnownPeers:
             log.warning("which peers were linked is not recorded: %s", error)
 
     def _make_room(self, address: str) -> bool:
-        """Drop the newest peer of the host from which most were first seen: a member can make any number of identities.
+        """Drop the newest peer of the host from which most were first seen: a member can make any number of identities, which
+        belong to the cluster like any other that links with its key.
 
         Returns: False if that is the newcomer's own host, or no peer may be dropped.
         """
-        spare = [known for known in self._peers.values() if not self.keep(known.peer)]
-        hosts = Counter(origin_of(known.first_address) for known in spare)
-        if not hosts:
-            return False
-        crowded, count = hosts.most_common(1)[0]
-        if hosts[origin_of(address)] >= count:
-            return False
-        newest = max((known for known in spare if origin_of(known.first_address) == crowded), key=lambda known: known.first_at)
-        del self._peers[newest.peer]
-        return True
+        for stays in (self.belongs, self.listed):
+            spare = [known for known in self._peers.values() if not stays(known.peer)]
+            hosts = Counter(origin_of(known.first_address) for known in spare)
+            crowded, count = max(hosts.items(), key=itemgetter(1), default=("", 0))
+            if hosts[origin_of(address)] < count:
+                newest = max(
+                    (known for known in spare if origin_of(known.first_address) == crowded), key=lambda known: known.first_at
+                )
+                del self._peers[newest.peer]
+                return True
+        return False

@@ -66,7 +66,7 @@ class Trust:
         """Called when it is found that this peer was excluded, or its join code is outdated."""
         self.on_confirmed: Callable[[], None] = lambda: None
         """Called when it is found that the join code is not outdated after all."""
-        known.keep = self.belongs
+        known.belongs, known.listed = self.belongs, self.lists
         self._files = files
         self._lock = asyncio.Lock()
 
@@ -80,12 +80,16 @@ class Trust:
         """SHA-256 of the present authority's public key."""
         return hashlib.sha256(self.key.issuer.public).hexdigest()
 
+    def lists(self, peer: PeerId) -> bool:
+        """Whether a peer is on the list of the newest rotation."""
+        return self.chain.last is not None and peer in self.chain.last.peers
+
     def belongs(self, peer: PeerId) -> bool:
         """Whether a peer is on the list of the newest rotation, or has linked with the present cluster key.
 
         Such a peer is given the key, and may keep its link.
         """
-        if self.chain.last is not None and peer in self.chain.last.peers:
+        if self.lists(peer):
             return True
         known = self.known.get(peer)
         return peer == self.me or (known is not None and known.authority == self.authority)

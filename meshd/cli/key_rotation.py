@@ -190,14 +190,19 @@ def _send(device: _Device, known: Row, excluded: set[str], *, new_owner: bool) -
     """Sign a rotation, and hand it to the daemon. Returns: the new join code, and the record's hash."""
     from meshd.protocol.cluster_key import ClusterKey
     from meshd.protocol.owner import OwnerKey, store_owner_key
-    from meshd.protocol.trust import sign_rotation
+    from meshd.protocol.trust import MAX_STAYING, sign_rotation
 
+    staying = [known["self"], *(row["peer"] for row in known["peers"] if row["belongs"] and row["peer"] not in excluded)]
+    if len(staying) > MAX_STAYING:
+        raise ConfigError(
+            f"{len(staying)} devices would stay; a rotation can list {MAX_STAYING}",
+            hint="`meshd key revoke` those in the list that you don't know",
+        )
     generation = device.chain.next_generation(device.key.generation, new_owner=new_owner)
     owner = OwnerKey.from_seed(os.urandom(32)) if new_owner else device.owner
     if new_owner:
         store_owner_key(device.folder, device.key.owner, owner, next_one=True)
     key = ClusterKey.generate(os.urandom, device.key.owner, generation)
-    staying = [known["self"], *(row["peer"] for row in known["peers"] if row["belongs"] and row["peer"] not in excluded)]
     record = sign_rotation(
         device.owner,
         generation=generation,

@@ -13,6 +13,7 @@ import pytest
 from ids import peer_id
 from meshd.cli import key_rotation
 from meshd.errors import ConfigError, NoPeer, UsageError
+from meshd.protocol.trust import MAX_STAYING
 
 Meshd = Callable[..., CompletedProcess[str]]
 ME = peer_id("me")
@@ -83,6 +84,12 @@ def test_the_list_shows_who_stays_with_when_and_from_where(capsys: pytest.Captur
     assert "away" in lines["stable"]
     assert "(never" in shown
     assert "gone" not in lines
+
+
+def test_more_devices_than_a_rotation_can_list_are_named_as_the_reason() -> None:
+    known = {"self": ME, "peers": [row(f"{number}") for number in range(MAX_STAYING)]}
+    with pytest.raises(ConfigError, match="513 devices would stay; a rotation can list 512"):
+        key_rotation._send(Any, known, set(), new_owner=False)  # type: ignore[arg-type]
 
 
 def test_off_a_terminal_yes_must_be_given(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,8 +8,11 @@ import pytest
 
 from ids import peer_id
 from in_process.clocks import SetClock
-from meshd.agents.trust.known_peers import NAME, KnownPeers
-from meshd.protocol.trust import MAX_STAYING
+from meshd.agents.trust.files import StateFiles
+from meshd.agents.trust.known_peers import MAX_KNOWN, NAME, KnownPeers
+from meshd.agents.trust.trust import Trust
+from meshd.protocol.cluster_key import ClusterKey
+from meshd.protocol.trust import RotationChain
 from meshd.state import StateFolder
 
 AUTHORITY, LATER = "ab" * 32, "cd" * 32
@@ -45,21 +48,33 @@ async def test_the_first_time_and_place_stay_and_the_last_ones_change(folder: St
 
 
 async def test_a_member_that_makes_identities_displaces_only_its_own(folder: StateFolder) -> None:
+    """Its identities belong to the cluster, since they link with the present key."""
     known = KnownPeers(folder, SetClock())
+    key = ClusterKey(bytes(32))
+    trust = Trust(peer_id("me"), key, RotationChain(key.owner), StateFiles(folder, SetClock()), known)
     honest = [peer_id(f"honest {number}") for number in range(5)]
     for number, peer in enumerate(honest):
-        known.linked(peer, "honest", f"192.168.1.{number}", AUTHORITY)
-    for number in range(MAX_STAYING + 50):
-        known.linked(peer_id(f"minted {number}"), "minted", "192.168.1.66", AUTHORITY)
-    known.linked(peer_id("late"), "late", "192.168.1.7", AUTHORITY)
-    assert len(known.all()) == MAX_STAYING
+        known.linked(peer, "honest", f"192.168.1.{number}", trust.authority)
+    for number in range(MAX_KNOWN + 50):
+        known.linked(peer_id(f"minted {number}"), "minted", "192.168.1.66", trust.authority)
+    known.linked(peer_id("late"), "late", "192.168.1.7", trust.authority)
+    assert len(known.all()) == MAX_KNOWN
     assert all(known.get(peer) is not None for peer in [*honest, peer_id("late")])
 
 
-async def test_peers_that_must_be_kept_make_no_room(folder: StateFolder) -> None:
+async def test_peers_that_do_not_belong_make_room_first(folder: StateFolder) -> None:
     known = KnownPeers(folder, SetClock())
-    known.keep = lambda peer: True
-    for number in range(MAX_STAYING):
+    known.belongs = lambda peer: peer != peer_id("7")
+    for number in range(MAX_KNOWN):
+        known.linked(peer_id(f"{number}"), "a", "192.168.1.66", AUTHORITY)
+    known.linked(peer_id("late"), "late", "192.168.1.7", AUTHORITY)
+    assert {peer for number in range(MAX_KNOWN) if known.get(peer := peer_id(f"{number}")) is None} == {peer_id("7")}
+
+
+async def test_peers_that_the_owner_has_listed_make_no_room(folder: StateFolder) -> None:
+    known = KnownPeers(folder, SetClock())
+    known.belongs = known.listed = lambda peer: True
+    for number in range(MAX_KNOWN):
         known.linked(peer_id(f"{number}"), "a", "192.168.1.66", AUTHORITY)
     known.linked(peer_id("late"), "late", "192.168.1.7", AUTHORITY)
     assert known.get(peer_id("late")) is None
