@@ -83,10 +83,12 @@ class TrustExchange:
         self.trust.known.ended(peer)
 
     async def run(self) -> None:
-        """Remind linked peers that do not seem to know the newest rotation."""
+        """Remind linked peers that do not seem to know the newest rotation, and forget holders that are not known any more."""
         while True:
             await self._clock.sleep(_REMIND_S)
-            for peer in self._links.peers():
+            linked = self._links.peers()
+            self.holders = {peer for peer in self.holders if peer in linked or self.trust.known.get(peer) is not None}
+            for peer in linked:
                 if peer not in self.holders and self.trust.chain.last is not None:
                     self._tell(peer, Answer())
 
