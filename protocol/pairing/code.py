@@ -11,6 +11,7 @@ MOST_NUMBER = 99
 """The number is not secret: mDNS tells it. It only lets a joiner choose among the invites that are open on a LAN."""
 SECRET_BITS = 22
 """Two of 2,048 words. With three tries, somebody who knows nothing guesses an invite's code with probability 3 / 2**22."""
+_NUMBER = re.compile(r"0{0,3}([1-9][0-9]?)")
 _BY_START = {word[:4]: word for word in WORDS}
 _START = 4
 
@@ -48,10 +49,11 @@ class InviteCode:
         Raises: ConfigError.
         """
         parts = [part for part in re.split(r"[\s\-_.]+", text.strip().lower()) if part]
-        if len(parts) != 3 or not parts[0].isascii() or not parts[0].isdecimal() or not 1 <= int(parts[0][:9]) <= MOST_NUMBER:
+        number = _NUMBER.fullmatch(parts[0]) if len(parts) == 3 else None
+        if number is None:
             raise _mistyped("it is a number and two words, like 7-amber-lion")
         first, second = (_word(part) for part in parts[1:])
-        return cls(int(parts[0]), (first, second))
+        return cls(int(number[1]), (first, second))
 
 
 def _word(typed: str) -> str:
