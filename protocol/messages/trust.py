@@ -14,7 +14,8 @@ class Rotation(Message, frozen=True, kw_only=True):
 
     default_lane: ClassVar[Lane] = Lane.BULK
     secret: bool = False
-    """Whether the payload begins with the cluster key. It is given only to a peer whose own key the chain's newest record lists."""
+    """Whether the payload begins with the cluster key. It is given only to a peer that the chain's newest record lists, or that has
+    linked with that key."""
 
 
 @message(101)

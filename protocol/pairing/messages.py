@@ -14,7 +14,7 @@ from meshd.values import parse_name
 
 PREFIX_BYTES = 2
 MAX_BYTES = 12 * 1024
-"""Largest message. The join code is the largest part; today it has 75 letters."""
+"""Largest message. The join code is the largest part; today it has 114 characters."""
 _SHARE_BYTES, _PROOF_BYTES = 33, 32
 _MAX_NAME = 63
 _Share = Annotated[bytes, Meta(min_length=_SHARE_BYTES, max_length=_SHARE_BYTES)]

@@ -128,8 +128,10 @@ class Inviter:
         finally:
             opened.end("closed")
             serving.cancel()
-            await asyncio.wait([serving])
-            self._open = None
+            try:
+                await asyncio.wait([serving])
+            finally:
+                self._open = None
 
     def _begin(self, minutes: float) -> _Open:
         settings, clock = self._settings, self._clock
