@@ -256,13 +256,19 @@ async def test_the_last_use_is_stored_beside_the_event_loop(file: KeyFile, monke
     monkeypatch.setattr(rings, "WATCH_S", 0.01)
     monkeypatch.setattr(rings, "_USED_S", 0.0)
     threads: list[int] = []
-    monkeypatch.setattr(file, "store_last_used", lambda times: threads.append(threading.get_ident()))
+    stored = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def store(times: dict[str, int]) -> None:
+        threads.append(threading.get_ident())
+        loop.call_soon_threadsafe(stored.set)
+
+    monkeypatch.setattr(file, "store_last_used", store)
     headers = make(file)
     ring = KeyRing(SystemClock(), Telemetry(), file=file)
     assert ring.find([headers["Authorization"].removeprefix("Bearer ")]) is not None
     watching = asyncio.ensure_future(ring.watch())
-    while not threads:
-        await asyncio.sleep(0.01)
+    await stored.wait()
     watching.cancel()
     assert threads[0] != threading.get_ident()
 

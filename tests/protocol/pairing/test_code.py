@@ -41,7 +41,8 @@ def test_how_a_code_may_be_typed(typed: str) -> None:
 @pytest.mark.parametrize(
     "typed",
     ["", "7", "7-amber", "7-amber-lion-lion", "amber-lion-7", "0-amber-lion", "100-amber-lion", "7-am-lion", "7-amber-lions",
-     "7-ambr-lion",      "\u0667-amber-lion", "9" * 99 + "-amber-lion", "0000000799-amber-lion", "0" * 5000 + "7-amber-lion", "7-" + "a" * 9999 + "-lion"],
+     "7-ambr-lion",      "\u0667-amber-lion", "9" * 99 + "-amber-lion", "0000000799-amber-lion",
+     "0" * 5000 + "7-amber-lion", "7-" + "a" * 9999 + "-lion"],
 )  # fmt: skip
 def test_other_texts_are_mistyped(typed: str) -> None:
     with pytest.raises(ConfigError, match="mistyped") as caught:
