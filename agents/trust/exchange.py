@@ -53,7 +53,7 @@ class TrustExchange:
     ) -> None:
         self.trust = trust
         self.holders: set[PeerId] = set()
-        """Peers that have shown that they have the present cluster key."""
+        """Linked peers that have shown that they have the present cluster key."""
         self._links = links
         self._clock = clock
         self._notify = notify
@@ -81,14 +81,13 @@ class TrustExchange:
     def on_down(self, peer: PeerId, reason: str) -> None:
         """Record that a link has ended."""
         self.trust.known.ended(peer)
+        self.holders.discard(peer)
 
     async def run(self) -> None:
-        """Remind linked peers that do not seem to know the newest rotation, and forget holders that are not known any more."""
+        """Remind linked peers that do not seem to know the newest rotation."""
         while True:
             await self._clock.sleep(_REMIND_S)
-            linked = self._links.peers()
-            self.holders = {peer for peer in self.holders if peer in linked or self.trust.known.get(peer) is not None}
-            for peer in linked:
+            for peer in self._links.peers():
                 if peer not in self.holders and self.trust.chain.last is not None:
                     self._tell(peer, Answer())
 

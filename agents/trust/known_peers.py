@@ -4,7 +4,6 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable
 from logging import getLogger
-from operator import itemgetter
 from typing import Annotated
 
 import msgspec
@@ -124,18 +123,17 @@ class KnownPeers:
 
     def _make_room(self, address: str) -> bool:
         """Drop the newest peer of the host from which most were first seen: a member can make any number of identities, which
-        belong to the cluster like any other that links with its key.
+        belong to the cluster like any other that links with its key. The only peer of a host is dropped only if it does not belong.
 
         Returns: False if that is the newcomer's own host, or no peer may be dropped.
         """
-        for stays in (self.belongs, self.listed):
+        for stays, fewest in ((self.belongs, 1), (self.listed, 2)):
             spare = [known for known in self._peers.values() if not stays(known.peer)]
             hosts = Counter(origin_of(known.first_address) for known in spare)
-            crowded, count = max(hosts.items(), key=itemgetter(1), default=("", 0))
-            if hosts[origin_of(address)] < count:
-                newest = max(
-                    (known for known in spare if origin_of(known.first_address) == crowded), key=lambda known: known.first_at
-                )
+            count = max(hosts.values(), default=0)
+            if count >= fewest and hosts[origin_of(address)] < count:
+                crowded = [known for known in spare if hosts[origin_of(known.first_address)] == count]
+                newest = max(crowded, key=lambda known: known.first_at)
                 del self._peers[newest.peer]
                 return True
         return False

@@ -71,6 +71,15 @@ async def test_peers_that_do_not_belong_make_room_first(folder: StateFolder) -> 
     assert {peer for number in range(MAX_KNOWN) if known.get(peer := peer_id(f"{number}")) is None} == {peer_id("7")}
 
 
+async def test_the_only_peer_of_a_host_makes_no_room_if_it_belongs(folder: StateFolder) -> None:
+    known = KnownPeers(folder, SetClock())
+    known.belongs = lambda peer: True
+    for number in range(MAX_KNOWN):
+        known.linked(peer_id(f"{number}"), "a", f"10.0.{number // 250}.{number % 250}", AUTHORITY)
+    known.linked(peer_id("late"), "late", "192.168.1.7", AUTHORITY)
+    assert known.get(peer_id("late")) is None
+
+
 async def test_peers_that_the_owner_has_listed_make_no_room(folder: StateFolder) -> None:
     known = KnownPeers(folder, SetClock())
     known.belongs = known.listed = lambda peer: True
