@@ -8,6 +8,7 @@ disk are sent once to each peer, not with every change.
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from ipaddress import ip_address
 from logging import getLogger
 from typing import Protocol
@@ -168,6 +169,7 @@ class Publisher:
             self.withdraw("status")
 
 
+@lru_cache(maxsize=1024)
 def _is_ip(address: str) -> bool:
     try:
         ip_address(parse_address(address, 0).host)

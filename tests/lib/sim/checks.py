@@ -1,4 +1,4 @@
-"""Checks of invariants: quick ones after every callback of a peer, slow ones after every 500th, others at the end of the run."""
+"""Checks of invariants: quick ones after every callback of a peer, slow ones after every 300th, others at the end of the run."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from sim.peer.process import SimProcess
     from sim.world import World
 
-_SWEEP_EVERY = 500
+_SWEEP_EVERY = 300
 
 
 class InvariantBroken(AssertionError):

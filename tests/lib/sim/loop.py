@@ -18,6 +18,8 @@ T = TypeVar("T")
 
 _SAME_TIME_LIMIT = 200_000
 """Number of callbacks at one virtual time beyond which the code is taken to loop for ever."""
+_WAKE = asyncio.futures._set_result_unless_cancelled  # type: ignore[attr-defined]
+"""The timer of `asyncio.sleep`, each second callback of a quiet peer. It runs none of the owner's code: the task runs after it."""
 _THREAD_S = 0.0005
 """Longest virtual time of a function in `run_in_executor`, in seconds."""
 
@@ -34,7 +36,7 @@ class Owner:
     deferred: deque[asyncio.Handle] = field(default_factory=deque)
     tasks: dict[int, "SimTask"] = field(default_factory=dict)
     after: Callable[[], None] | None = None
-    """Called after each callback of this owner."""
+    """Called after each callback of this owner that may change something."""
 
     def context(self) -> Context:
         """Return a new context. Callbacks and tasks that run in the context belong to this owner."""
@@ -141,8 +143,9 @@ class SimLoop(asyncio.BaseEventLoop):
                 owner.deferred.append(handle)
                 continue
             else:
+                only_wakes = handle._callback is _WAKE  # type: ignore[attr-defined]
                 handle._run()
-                if owner.after is not None:
+                if owner.after is not None and not only_wakes:
                     owner.after()
             self.callbacks += 1
             self._at_this_instant += 1
