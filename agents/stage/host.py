@@ -192,6 +192,7 @@ class StageHost:
                 error = PeerLost(f"the link with the neighbouring stage's peer is down: {reason}")
                 self._runner.fail(active, active.machine.next_position, error, peer)
         self._mirrors_out.on_peer_gone(peer, reason)
+        self._leases.on_peer_gone(peer)
 
     def on_error(self, sender: PeerId, message: Error) -> None:
         """Fail the stages of a session after a peer of the session's plan rejected a message of the session."""

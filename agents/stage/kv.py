@@ -79,6 +79,8 @@ class SessionKv:
     """The newest epoch that OPEN or EXPECT_COPY began on this peer."""
     expires: float
     """When the coordinator's lease ends, in the clock's monotonic time. All caches are freed then."""
+    orphaned: bool = False
+    """The link with the coordinator went down, and it has said nothing of the session since: it may have restarted."""
     caches: list[StageCache] = field(default_factory=list)
 
 
@@ -100,6 +102,7 @@ class KvManager:
         session_kv = self._sessions.get(session)
         if session_kv is None:
             session_kv = self._sessions[session] = SessionKv(session, coordinator, epoch, expires)
+        session_kv.orphaned = False
         session_kv.coordinator, session_kv.epoch, session_kv.expires = coordinator, epoch, max(session_kv.expires, expires)
         return session_kv
 

@@ -42,15 +42,17 @@ class SessionLeases:
         """Check that this coordinator may start this epoch. `coordinator`: the peer at the other end of the link.
 
         A session has one coordinator at a time. Another peer takes over with a higher epoch, after the link with the current
-        coordinator went down. (A coordinator that gives the session away says so itself: `on_hand_over`. It may have given it to
-        this peer, which has not begun it, because its client has left.)
+        coordinator went down, also if that one is linked again: it may have restarted, and then knows nothing of the session. If it
+        still coordinates the session, its next RENEW says so. (A coordinator that gives the session away says so itself:
+        `on_hand_over`. It may have given it to this peer, which has not begun it, because its client has left.)
 
         Raises: Superseded if the epoch is past, or if another coordinator still controls the session.
         """
         if epoch < session_kv.epoch:
             raise Superseded(f"epoch {epoch} is past: session {session_kv.session} is in {session_kv.epoch}")
         present = session_kv.coordinator
-        if coordinator != present and (epoch == session_kv.epoch or self.may_coordinate(present, session_kv.session)):
+        controls = not session_kv.orphaned and self.may_coordinate(present, session_kv.session)
+        if coordinator != present and (epoch == session_kv.epoch or controls):
             raise Superseded(f"session {session_kv.session} has a coordinator that is alive: {present}")
 
     def begin_epoch(
@@ -79,7 +81,7 @@ class SessionLeases:
         session_kv = self.kv_manager.get(message.session)
         if session_kv is None or session_kv.coordinator != sender:
             return False
-        session_kv.coordinator = message.to
+        session_kv.coordinator, session_kv.orphaned = message.to, False
         self.story.note(message.session, "handed over", coordinator=message.to)
         return True
 
@@ -90,6 +92,13 @@ class SessionLeases:
             self._report_unknown(sender, message)
         elif session_kv.coordinator == sender and message.epoch >= session_kv.epoch:
             session_kv.expires = self.expiry(message.lease_ms)
+            session_kv.orphaned = False
+
+    def on_peer_gone(self, peer: PeerId) -> None:
+        """Let other peers take over the sessions of a coordinator, after the link with it went down."""
+        for session_kv in self.kv_manager:
+            if session_kv.coordinator == peer:
+                session_kv.orphaned = True
 
     def on_close(self, sender: PeerId, message: Close, payload: memoryview) -> None:
         """Free the session's caches of epochs up to the closed one, or with `undo` of that one only.

@@ -44,6 +44,21 @@ async def test_another_coordinator_takes_over_only_if_the_first_is_unreachable_o
     assert not b.received(Failed)
 
 
+async def test_a_coordinator_that_is_linked_again_after_a_restart_does_not_stand_in_the_way(mesh: StageMesh) -> None:
+    a, _, c, first, second = await half_an_answer(mesh)
+    mesh.cut(a, c)
+    mesh.down.clear()
+    first.renew(c)
+    assert a.id in await refused(second, (c, "0-4"), resume=True), "only the link flapped: it still renews the lease"
+    mesh.cut(a, c)
+    mesh.down.clear()
+    second.epoch = 1
+    await second.next_epoch((c, "0-4"), predecessors=(a.id,))
+    second.grant(ANSWER)
+    await second.wait_tokens(ANSWER)
+    assert second.tokens == await expected(mesh)
+
+
 async def test_a_session_that_was_given_to_this_peer_but_never_begun_here_can_be_taken_over(mesh: StageMesh) -> None:
     """The client that asked this peer to continue the answer has left before the record came."""
     a, _, c, first, second = await half_an_answer(mesh)
