@@ -115,11 +115,11 @@ def test_any_split_of_the_keys_merges_to_the_whole(shape: tuple[int, int, int, i
     [(3, 3, 64), (2, 1, 64), (2, 4, 128), (1, 8, 32), (2, 2, 80), (1, 40, 64), (1, 5, 96), (1, 7, 64), (1, 13, 32), (1, 17, 256)],
 )
 def test_a_token_has_the_same_bits_in_any_chunk(kv_heads: int, group: int, head_dim: int) -> None:
-    tokens = 150
+    tokens = 80
     q, k, v = made_qkv(5, (tokens, kv_heads, group, head_dim), 640)
     for rule in (PLAIN, AttentionRule(window=50), AttentionRule(window=64, soft_cap=5.0, sinks=made(8, kv_heads * group))):
         whole = attend(q, k, v, 450, rule)
-        for size in (1, 2, 7, 11, 32, 64):
+        for size in (1, 7, 32, 64):
             chunks = [attend(q[i : i + size], k, v, 450 + i, rule) for i in range(0, tokens, size)]
             assert np.concatenate(chunks).tobytes() == whole.tobytes()
 
