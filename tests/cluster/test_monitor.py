@@ -131,5 +131,5 @@ async def test_a_killed_peer_and_a_killed_daemon(trio: Cluster) -> None:
         starting.start()
         await soon(pilot, lambda: isinstance(app.connection, Connected))
         await soon(pilot, lambda: {row[0]: row[1] for row in cells_of(app, "#peers")}.get("desk") == "alive")
-        assert not app.screen.query_one("#connection").display
+        await soon(pilot, lambda: not app.screen.query_one("#connection").display)
         await beside(starting.join)
