@@ -5,7 +5,7 @@ from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from meshd.cli.support.arguments import settings_of
@@ -13,6 +13,9 @@ from meshd.config import Settings
 from meshd.errors import ConfigError, MeshdError, NotReady, Overloaded, RemoteFailure, Unavailable, UnknownModel
 from meshd.settings import API_PORT
 from meshd.values import Address, parse_address
+
+if TYPE_CHECKING:
+    from meshd.state import Holder
 
 CONNECT_S = 5.0
 ANSWER_S = 30.0
@@ -167,12 +170,8 @@ def daemon_of(args: Namespace) -> Daemon:
 
 def local_daemon(settings: Settings) -> Daemon | None:
     """Return a client of the daemon that uses the state folder, with its local key; None if none runs or listens yet."""
-    from meshd.state import read_holder
-
-    holder = read_holder(settings["state"].value)
-    if holder is None or not holder.api:
-        return None
-    return Daemon(url_of(parse_address(holder.api, API_PORT)), holder.key or settings["api-key"].value)
+    holder = _listening(settings)
+    return None if holder is None else Daemon(_url_of_holder(holder), holder.key or settings["api-key"].value)
 
 
 def api_key(settings: Settings) -> str | None:
@@ -180,10 +179,8 @@ def api_key(settings: Settings) -> str | None:
 
     The local key is sent only to that daemon, on this machine.
     """
-    from meshd.state import read_holder
-
     chosen = settings["api-key"]
-    if not chosen.chosen and settings.named("api") is None and (holder := read_holder(settings["state"].value)) and holder.key:
+    if not chosen.chosen and settings.named("api") is None and (holder := _listening(settings)) and holder.key:
         return holder.key
     key: str | None = chosen.value
     return key
@@ -202,10 +199,20 @@ def api_url(settings: Settings) -> str:
 
 def running_api(settings: Settings) -> str | None:
     """Return the URL of the daemon that uses the state folder; None if none runs, or its API does not listen yet."""
+    holder = _listening(settings)
+    return None if holder is None else _url_of_holder(holder)
+
+
+def _listening(settings: Settings) -> "Holder | None":
+    """Return what the daemon that uses the state folder says of itself; None if none runs, or its API does not listen yet."""
     from meshd.state import read_holder
 
     holder = read_holder(settings["state"].value)
-    return url_of(parse_address(holder.api, API_PORT)) if holder and holder.api else None
+    return holder if holder and holder.api else None
+
+
+def _url_of_holder(holder: "Holder") -> str:
+    return url_of(parse_address(holder.api, API_PORT))
 
 
 def url_of(address: Address) -> str:
