@@ -26,8 +26,8 @@ async def unsupervised(name: str, run: Callable[[], Awaitable[None]]) -> None:
 
 
 def raise_if_cancelled() -> None:
-    """Raises: CancelledError if this task was told to end. Whoever handles an error and goes on must call it: a group of tasks in
-    which one fails at the moment of a cancellation raises only the failure (Python 3.11 and 3.12), and the cancellation is lost.
+    """Raises: CancelledError if this task was told to end. Code that handles an error and continues must call it: a group of tasks
+    in which one fails at the moment of a cancellation raises only the failure (Python 3.11 and 3.12), and the cancellation is lost.
     """
     if (task := asyncio.current_task()) is not None and task.cancelling():
         raise asyncio.CancelledError

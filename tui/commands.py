@@ -92,7 +92,7 @@ class Commands:
     async def _request(
         self, method: str, path: str, body: dict[str, Any] | None, *, total_s: float | None
     ) -> AsyncIterator["aiohttp.ClientResponse"]:
-        await asyncio.to_thread(import_module, "aiohttp")  # 0.2 s, in which the picture goes on; only commands need it
+        await asyncio.to_thread(import_module, "aiohttp")  # 0.2 s, in which the monitor still draws; only commands need it
         import aiohttp
 
         timeout = aiohttp.ClientTimeout(total=total_s, sock_read=_SILENT_S)

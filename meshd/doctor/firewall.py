@@ -140,7 +140,7 @@ def _nft_decision(rules: Iterable[list[Any]], policy: str, wanted: str) -> str:
 
 
 def _nft_leads_on(expressions: list[Any]) -> bool:
-    """Whether a rule goes on in another chain, or looks a port up in a map or a named set: what it decides is not in the rule."""
+    """Whether a rule jumps to another chain, or looks a port up in a map or a named set: what it decides is not in the rule."""
     matches = [part["match"] for part in expressions if "match" in part]
     keys = [part["vmap"].get("key") for part in expressions if "vmap" in part]
     keys += [match.get("left") for match in matches if isinstance(match.get("right"), str)]
