@@ -7,8 +7,9 @@
 TORCH ?= torch==2.13.0
 MODELS ?= smollm2:135m gemma3:270m
 PYTEST ?= -m 'not slow and not netlab'
-CHAOS ?= --seed 1 --peers 5 --clients 4 --faults 200
-CHAOS_SHORT ?= --seed 20 --faults 12 --short --minutes 3
+CHAOS ?= --seed 1 --peers 5 --clients 8 --faults 200
+CHAOS_SHORT ?= --seed 20 --clients 8 --faults 12 --short --minutes 3
+SAME_ANSWERS ?= onnxruntime
 SIM ?= --seeds 0..2000 --faults 6
 SIM_DAYS ?= --days 24
 SOAK ?= --minutes 60
@@ -23,7 +24,7 @@ ENOUGH = import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13 python3.14 python; do \
 	"$$python" -c '$(ENOUGH)' 2>/dev/null && echo "$$python" && break; done)
 
-.PHONY: install demo test netlab check diagrams formats screenshots bench bench-short chaos chaos-short sim sim-days soak soak-short fuzz wheel clean
+.PHONY: install demo test netlab check diagrams formats screenshots bench bench-short chaos chaos-short same-answers same-answers-short sim sim-days soak soak-short fuzz wheel clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/installed
@@ -33,7 +34,7 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed $(VENV)/group-test
 	for model in $(MODELS); do $(BIN)/meshd pull $$model || exit; done
-	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST)
+	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder --ignore tests/cluster/same_answers/test_any_way.py $(PYTEST)
 
 # Real daemons on several hosts, made of network namespaces: needs root.
 netlab: $(VENV)/installed $(VENV)/group-test
@@ -69,6 +70,8 @@ bench-short: $(VENV)/installed $(VENV)/group-test
 	$(FIGURE)_planner.py --clusters 1
 	$(FIGURE)_hop.py --count 200
 	$(FIGURE)_kernels.py --backend onnxruntime --threads 1 --context 128
+	$(FIGURE)_attention.py --seconds 0.1
+	$(FIGURE)_pause.py --rounds 1 --tokens 4 --prompt 256
 	$(FIGURE)_fidelity.py --positions 64 --context 64 --kinds file Q4_K --exact
 	$(FIGURE)_sampler.py --vocab 49152 --repeat 3
 	$(FIGURE)_split.py --rounds 1 --tokens 16
@@ -76,6 +79,7 @@ bench-short: $(VENV)/installed $(VENV)/group-test
 	$(FIGURE)_migration.py --rounds 1 --contexts 256
 	$(FIGURE)_recovery.py --rounds 1 --context 256
 	$(FIGURE)_predictions.py --hosts 2 --rtt 5 --rate 100mbit 20mbit --context 128
+	$(FIGURE)_throughput.py --clients 1 4 --rounds 1 --tokens 16 --prompts 0
 	$(FIGURE)_survival.py --seconds 4 --connections 1000
 	$(FIGURE)_events.py --rounds 1 --seconds 4 --sessions 2
 
@@ -99,6 +103,16 @@ chaos: $(VENV)/installed $(VENV)/group-test
 # Each kind of fault once.
 chaos-short: $(VENV)/installed $(VENV)/group-test
 	$(BIN)/python -P tests/chaos/run.py $(CHAOS_SHORT)
+
+# Each way to compute an answer, with 20 prompts: SAME_ANSWERS chooses the backend. The short form has two prompts.
+same-answers same-answers-short: ANY_WAY = tests/cluster/same_answers/test_any_way.py
+same-answers-short: $(VENV)/installed $(VENV)/group-test
+	$(BIN)/meshd pull smollm2:135m
+	$(BIN)/pytest -m 'not slow' $(ANY_WAY)
+
+same-answers: $(VENV)/installed $(VENV)/group-test
+	$(BIN)/meshd pull smollm2:135m
+	$(BIN)/pytest -s -m slow -k "$(SAME_ANSWERS)" $(ANY_WAY)
 
 fuzz: $(VENV)/installed $(VENV)/group-test
 	for target in tests/fuzz/fuzz_*.py; do echo "--- $$target"; $(BIN)/python -P "$$target" $(FUZZ) || exit; done

@@ -126,6 +126,11 @@ class Generation(Protocol):
         ...
 
     @property
+    def numerics_header(self) -> str:
+        """The numerics ids of the present plan's peers, each once, separated by commas. Empty while there is none."""
+        ...
+
+    @property
     def predicted_ttft_s(self) -> float:
         """Seconds from the answer's admission to its first token, as predicted by its plan; 0 while there is none."""
         ...

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from meshd.kernels.backend import Backend, LoadedLayers, Segment
-from meshd.kernels.kv import KVPool
+from meshd.kernels.kv.arena import HostArena
+from meshd.kernels.kv.memory import KvKey, layout_of
 from meshd.kernels.registry import make_backend
 from meshd.kernels.threads import Workers
 from meshd.kernels.weights.load import F32
 from meshd.tensors import ROPE_FACTORS, tensor_shape
-from meshd.types import LayerRange, ModelSpec, Tensor
+from meshd.types import LayerRange, ModelId, ModelSpec, Tensor
 
 CHUNK_TOKENS = 128
 LONG_CONTEXT = 2048
@@ -131,12 +132,12 @@ class _TimedStage:
         whole = LayerRange(0, layers)
         self._loaded: LoadedLayers = backend.load(spec, whole, SyntheticWeights(spec), embedding=False, head=False)
         self._stage = self._loaded.stage(whole)
-        self._kv = KVPool(spec, whole, blocks=LONG_CONTEXT // 32)
-        self._table = self._kv.allocate(LONG_CONTEXT)
+        self._lease = HostArena(1 << 40).open(KvKey(ModelId(""), whole), layout_of(spec, whole), LONG_CONTEXT)
         filled: F32 = np.full((LONG_CONTEXT, spec.kv_heads, spec.head_dim), 0.5, np.float32)
-        self._hidden = np.random.default_rng(0).standard_normal((CHUNK_TOKENS, spec.hidden), dtype=np.float32)
+        values = np.random.default_rng(0).standard_normal((CHUNK_TOKENS, spec.hidden), dtype=np.float32)
+        self._hidden = self._stage.decode(values.data.cast("B"), "f32", CHUNK_TOKENS)
         for layer in whole:
-            self._kv.write(layer, self._table, 0, filled, filled)
+            self._lease.write(layer, 0, filled, filled)
 
     @property
     def layer_parameters(self) -> int:
@@ -152,8 +153,8 @@ class _TimedStage:
 
     def step(self, start: int, tokens: int) -> None:
         """Compute all layers over `tokens` tokens, the first at position `start`."""
-        segments = [Segment(self._table, start, tokens)]
-        self._stage.forward(self._hidden[:tokens], segments, self._kv)
+        segments = [Segment(self._lease, start, tokens)]
+        self._stage.forward(self._stage.rows(self._hidden, 0, tokens), segments)
 
     def close(self) -> None:
         self._loaded.close()

@@ -50,10 +50,9 @@ def encode(hidden: F32, dtype: str) -> memoryview:
     return _find(dtype).encode(hidden)
 
 
-def wire_bytes(hidden: F32, dtype: str) -> int:
-    """Return the size of `[tokens, hidden]` in `dtype`. Raises: ProtocolViolation for an unknown dtype."""
-    tokens, width = hidden.shape
-    return _find(dtype).size(tokens, width)
+def size_of(dtype: str, tokens: int, hidden: int) -> int:
+    """Return the number of bytes of `[tokens, hidden]`. Raises: ProtocolViolation for an unknown dtype."""
+    return _find(dtype).size(tokens, hidden)
 
 
 def decode(payload: bytes | bytearray | memoryview, dtype: str, tokens: int, hidden: int) -> F32:

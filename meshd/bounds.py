@@ -26,10 +26,16 @@ MAX_MQTT_DEVICES = 256
 """Most devices with a key for jobs over MQTT, those with a revoked key included."""
 MAX_COORDINATORS = 16
 """Earlier coordinators that a session's record names. KV of one that is not named any more is computed again."""
+MAX_BATCH = 64
+"""Most steps in one frame, and most sessions that a stage computes in one pass. Their headers fit in 64 KiB."""
+MAX_VERIFIED = 32
+"""Most tokens of a step that verifies guesses. Longer guesses are rarely right to their end."""
 MAX_LISTED = 1024
 """Most entries of a list that has no closer bound."""
 MAX_LOGIT_BIAS = 1024
 """Most entries of `logit_bias`. With them, OPEN's header still fits 64 KiB."""
+MAX_KINDS = 64
+"""Most kinds of weights that a message can list. GGUF has about 40."""
 MAX_TOP_LOGPROBS = 20
 MAX_CONTEXT_CLASSES = 16
 """Most classes of contexts for which a peer advertises factors."""
@@ -60,11 +66,14 @@ TopLogprobs = Annotated[int, _int("TopLogprobs", 0, MAX_TOP_LOGPROBS)]
 Epoch = Annotated[int, _int("Epoch", 0, MAX_INT32)]
 Tokens = Annotated[int, _int("Tokens", 0, MAX_TOKENS)]
 """A number of tokens, or a position among them."""
+StepTokens = Annotated[int, _int("StepTokens", 1, MAX_TOKENS)]
+"""The length of a step, in tokens."""
 TokenId = Annotated[int, _int("TokenId", 0, MAX_INT32)]
 LayerIndex = Annotated[int, _int("LayerIndex", 0, MAX_LAYERS)]
 """A layer, or the end of a run of layers."""
 LayerCount = Annotated[int, _int("LayerCount", 1, MAX_LAYERS)]
 StageIndex = Annotated[int, _int("StageIndex", 0, MAX_PEERS - 1)]
+StageCount = Annotated[int, _int("StageCount", 0, MAX_PEERS)]
 Width = Annotated[int, _int("Width", 1, 1 << 24)]
 """A dimension of a model's tensors."""
 Size = Annotated[int, _int("Size", 0, MAX_BYTES)]
@@ -109,6 +118,11 @@ Sha256 = Annotated[str, Meta(title="Sha256", pattern=r"\A[0-9a-f]{64}\Z")]
 def at_most(count: int) -> Meta:
     """Bound the number of entries of a list or map."""
     return Meta(max_length=count)
+
+
+def from_one_to(count: int) -> Meta:
+    """Bound the number of entries of a list that must not be empty."""
+    return Meta(min_length=1, max_length=count)
 
 
 def printable(text: str, limit: int | None = None, *, keep: str = "") -> str:

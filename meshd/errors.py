@@ -20,6 +20,7 @@ MeshdError                      code, message, hint; only its subclasses are rai
  +- PeerFault                   another peer broke a rule or went away
  |   +- ProtocolViolation       its bytes break the protocol: the link closes
  |   +- PeerLost                it is gone, or silent for too long
+ |   |   +- NotListening        its device answers, but no process listens at the address
  |   +- PeerRefused             it may not link with this peer
  |   |   +- AnotherKey          it has another cluster key
  |   +- RemoteFailure           it answered with an ERROR message
@@ -185,6 +186,10 @@ class PeerLost(PeerFault):
     """The peer's link broke, or it was silent past the deadline."""
 
     code = "peer_lost"
+
+
+class NotListening(PeerLost):
+    """The device at an address answers that no process listens there: the peer's process has ended, or never ran there."""
 
 
 class PeerRefused(PeerFault):

@@ -242,7 +242,7 @@ SETTINGS: tuple[Setting, ...] = (
         default=False,
         help="keep a copy of every session's KV on another peer that holds the layers",
     ),
-    Setting(name="max-sessions", metavar="N", parse=count(1), default=8, help="concurrent answers"),
+    Setting(name="max-sessions", metavar="N", parse=count(1), default=16, help="concurrent answers"),
     Setting(name="queue-limit", metavar="N", parse=count(0), default=64, help="waiting requests; further ones get status 429"),
     Setting(
         name="drain-timeout",

@@ -8,7 +8,7 @@ This file has what is recorded when it happens. `agents/admin/metrics.py` adds w
 
 import contextlib
 from collections import OrderedDict
-from typing import Literal
+from typing import Literal, get_args
 
 from prometheus_client import (
     CollectorRegistry,
@@ -37,7 +37,7 @@ MAX_SERIES = 128
 disable_created_metrics()  # type: ignore[no-untyped-call]  # a second line for each series: when it began, which Prometheus does not read from this format
 
 Phase = Literal["prefill", "decode"]
-Predicted = Literal["ttft", "tpot", "prefill_step", "decode_step"]
+Predicted = Literal["ttft", "tpot", "prefill_step", "decode_step", "batch"]
 
 
 class _Recent:
@@ -87,6 +87,9 @@ class Telemetry:
         self._step_wait = histogram(
             "meshd_step_wait_seconds", "From a step's input to the begin of its computation", _WAIT_S, "phase"
         )
+        self._cut_wait = histogram(
+            "meshd_cut_wait_seconds", "From a pass that needs attention of other peers to their last answer", _WAIT_S
+        )
         self._queue_wait = histogram("meshd_queue_wait_seconds", "Wait for admission", _TTFT_S)
         self._tokens = counter("meshd_tokens", "Tokens of answers that have ended here", "kind")
         self._requests = counter("meshd_requests", "HTTP requests by route and outcome", "route", "outcome")
@@ -118,7 +121,7 @@ class Telemetry:
             self._loads.labels(outcome)
         for level in ("info", "warning", "error"):
             self._log_lines.labels(level)
-        for what in ("ttft", "tpot", "prefill_step", "decode_step"):
+        for what in get_args(Predicted):
             self._prediction.labels(what)
 
     def collect_from(self, collector: Collector) -> None:
@@ -151,6 +154,10 @@ class Telemetry:
     def step_wait(self, phase: Phase, seconds: float) -> None:
         """Record how long a step waited between its arrival and the begin of its computation."""
         self._step_wait.labels(phase).observe(seconds)
+
+    def cut_wait(self, seconds: float) -> None:
+        """Record how long a pass waited at one cut for attention that other peers compute."""
+        self._cut_wait.observe(seconds)
 
     def queue_wait(self, seconds: float) -> None:
         """Record how long a request waited for admission."""

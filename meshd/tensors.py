@@ -4,17 +4,17 @@ from meshd.types import ModelSpec
 
 Shapes = dict[str, tuple[int, ...]]
 
-HELD_BITS = {
-    "F32": 32.0, "F16": 16.0, "BF16": 16.0, "Q4_0": 7.0, "Q4_1": 8.13, "Q5_0": 11.0, "Q5_1": 12.25, "Q8_0": 11.0, "Q4_K": 8.13,
-    "Q5_K": 12.25, "Q6_K": 14.0, "IQ4_NL": 11.0, "MXFP4": 11.0,
-}  # fmt: skip
-"""Bits per weight in memory after loading, by GGUF type. Measured as the growth of a process that loads a matrix of 67 million
-weights with onnxruntime 1.32, which keeps the scales twice: alone, and packed with codes and sums. Torch needs less memory."""
+KINDS = (
+    "F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "MXFP4",
+)  # fmt: skip
+"""GGUF's names of the types of tensors, called kinds, that meshd computes with."""
 
 ROPE_FACTORS = ("rope_freqs.weight", "rope_factors_short.weight")
 """Tensors with divisors of the rotation's frequencies. A file has at most one of them."""
 UNUSED = ("rope_factors_long.weight",)
 """Tensors that meshd ignores: divisors for contexts beyond the training length. They would change shorter contexts' answers too."""
+BEFORE_ATTENTION = frozenset({"attn_norm", "attn_qkv", "attn_q", "attn_k", "attn_v", "attn_q_norm", "attn_k_norm"})
+"""Short names of a layer's tensors that it computes with before its attention."""
 EXPERT_PROJECTIONS = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
 
 

@@ -4,6 +4,7 @@ Units are in the names (`_bytes`, `_s`, `_ms`, `_bytes_s`); layer ranges are hal
 """
 
 import re
+from collections import Counter
 from collections.abc import Collection, Iterator
 from enum import StrEnum
 from typing import Annotated, NewType, Self
@@ -13,6 +14,7 @@ from msgspec import Meta
 
 from meshd.bounds import (
     MAX_CONTEXT_CLASSES,
+    MAX_KINDS,
     MAX_LAYERS,
     MAX_LISTED,
     MAX_LOGIT_BIAS,
@@ -49,6 +51,7 @@ from meshd.bounds import (
     Word,
     at_most,
 )
+from meshd.numerics import UNKNOWN, NumericsId
 
 _PEER_ID = r"\A[a-z2-7]{52}\Z"
 PeerId = NewType("PeerId", Annotated[str, Meta(title="PeerId", pattern=_PEER_ID)])
@@ -261,15 +264,16 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     end_of_sequence: Annotated[tuple[TokenId, ...], at_most(MAX_LISTED)]
     """Token ids that end an answer."""
     created: Size = 0
-    layer_memory_bytes: Annotated[tuple[Size, ...], at_most(MAX_LAYERS)] = ()
-    """Size of each layer in memory. Empty: as in the file."""
-    head_memory_bytes: Size = 0
-    """Size of the head in memory. 0: as in the file. The embedding takes no memory: its rows are read from the file."""
+    layer_weights: Annotated[dict[Word, Annotated[tuple[Size, ...], at_most(MAX_LAYERS)]], at_most(MAX_KINDS)] = {}
+    """For each GGUF kind, the number of weights of this kind in each layer. What they take in memory depends on a peer's backend
+    (`Capability.weight_bits`). Empty: as much as in the file."""
+    head_weights: Annotated[dict[Word, Size], at_most(MAX_KINDS)] = {}
+    """The same for final norm and head. The embedding takes no memory: its rows are read from the file."""
     sampling: SamplingDefaults = SamplingDefaults()
     """Used where a request says nothing."""
 
     def __post_init__(self) -> None:
-        counts = {self.spec.layers, len(self.layer_bytes), len(self.layer_parameters), len(self.held_layer_bytes)}
+        counts = {self.spec.layers, len(self.layer_bytes), len(self.layer_parameters), *map(len, self.layer_weights.values())}
         if len(counts) > 1:
             raise ValueError(f"the model has {self.spec.layers} layers, and the sizes of another number of layers")
 
@@ -282,15 +286,10 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
         """Size of all weights in the file."""
         return sum(self.layer_bytes) + self.embedding_bytes + (0 if self.spec.tied_head else self.head_bytes)
 
-    @property
-    def held_layer_bytes(self) -> tuple[int, ...]:
-        """Size of each layer in memory, in order."""
-        return self.layer_memory_bytes or self.layer_bytes
-
-    @property
-    def held_head_bytes(self) -> int:
-        """Size of the head in memory."""
-        return self.head_memory_bytes or self.head_bytes
+    def weights_of(self, layers: LayerRange) -> Counter[str]:
+        """Count the weights of some layers by kind, with those of the head if the last layer is among them."""
+        counts = Counter({kind: sum(layer[layers.start : layers.end]) for kind, layer in self.layer_weights.items()})
+        return counts + Counter(self.head_weights) if layers.end == self.spec.layers else counts
 
     def kv_bytes_per_token_layer(self, element_bytes: int = 4) -> int:
         """Size of K and V of one token in one layer."""
@@ -330,9 +329,11 @@ class Rates(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Capability(msgspec.Struct, frozen=True, kw_only=True):
-    """What a peer's device can do, as the peer advertises it. Rates and memory are measured."""
+    """What a peer's device can do, as the peer advertises it. Rates, memory and numerics are measured."""
 
     backend: Word
+    numerics: NumericsId = UNKNOWN
+    """How the peer computes, whatever the model. Peers with equal ids compute equal bits."""
     processor: Label
     threads: Count
     memory_total_bytes: Size
@@ -342,6 +343,8 @@ class Capability(msgspec.Struct, frozen=True, kw_only=True):
     roles: Annotated[tuple[Word, ...], at_most(16)] = ("compute", "attention", "storage")
     power_w: Watts | None = None
     measured_at: Timestamp = 0.0
+    weight_bits: Annotated[dict[Word, Factor], at_most(MAX_KINDS)] = {}
+    """Bits that a weight of each GGUF kind takes in the memory of this backend. Empty: as many as in the file."""
 
 
 class LinkStats(msgspec.Struct, frozen=True, kw_only=True):
@@ -498,10 +501,16 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """Precision of activations between stages. `f32` is exact."""
     predicted_ttft_s: Seconds = 0.0
     predicted_tpot_s: Seconds = 0.0
+    numerics: Annotated[tuple[NumericsId, ...], at_most(MAX_PEERS)] = ()
+    """Of the peer of each stage, in order. A peer refuses a stage under an id that is not its own. Empty: of no stage known."""
 
     @property
     def peers(self) -> tuple[PeerId, ...]:
         return tuple(stage.peer for stage in self.stages)
+
+    def numerics_of(self, stage: int) -> NumericsId:
+        """Return the id of a stage; `UNKNOWN` if the plan does not say it."""
+        return self.numerics[stage] if stage < len(self.numerics) else UNKNOWN
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,7 +1,8 @@
 """Encodes messages as frame headers and decodes them. A header is the msgpack array `[type number, body map]`.
 
 `msgpack` turns bytes into plain values and back, within the bounds of SPEC.md, section 3; `msgspec` checks the plain values against
-the message's fields. Encoding and decoding an ACTIVATION takes 4 microseconds; sending it to another peer takes 50 or more.
+the message's fields. Encoding and decoding STEPS takes 8 microseconds for one step and 40 for eight; sending
+them to another peer takes 50 or more.
 
 Payloads in msgpack (session records, tensor lists) don't pass through this module: `msgspec.msgpack.decode` reads them directly
 into their type. `msgpack` would first build plain values, and a payload of 16 MiB of empty arrays takes 1.1 GiB as lists. Headers

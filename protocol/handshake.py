@@ -73,6 +73,7 @@ def check_answer(answer: Hello, asked: Hello) -> None:
 class ExistingLink(msgspec.Struct, frozen=True, kw_only=True):
     """The link that exists with a peer when that peer offers another one."""
 
+    number: int
     incarnation: int | None
     """The other peer's incarnation. None: no HELLO has arrived yet."""
     dialled: bool
@@ -86,14 +87,14 @@ def choose_link(present: ExistingLink | None, offered: Hello, own: PeerId, *, fr
     """Decide whether a link that a peer dials replaces the existing one. Both sides decide alike (SPEC.md, section 4).
 
     A peer never dials a peer with which it has a link. So if the peer that dialled the existing link dials again, it has lost
-    that link. Of two links dialled at the same time, the one dialled by the peer with the smaller id survives. A link that this
-    peer dialled and that received a frame within `fresh_s` seconds is kept: the other peer dialled before that link came up, and
-    withdraws its offer.
+    that link; of a link that this peer dialled, HELLO says so (`lost`). Of two links dialled at the same time, the one dialled by
+    the peer with the smaller id survives. A link that this peer dialled and that received a frame within `fresh_s` seconds is kept:
+    the other peer dialled before that link came up, and withdraws its offer.
     """
     if present is None:
         return LinkChoice.ACCEPT
     restarted = present.incarnation is not None and present.incarnation != offered.incarnation
-    if restarted or not present.dialled:
+    if restarted or not present.dialled or offered.lost == present.number:
         return LinkChoice.REPLACE
     if present.up:
         return LinkChoice.REPLACE if present.silent_s > fresh_s else LinkChoice.REFUSE

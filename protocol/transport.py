@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import cast
 
-from meshd.errors import AnotherKey, InvalidRequest, MeshdError, PeerLost, PeerRefused, ProtocolViolation
+from meshd.errors import AnotherKey, InvalidRequest, MeshdError, NotListening, PeerLost, PeerRefused, ProtocolViolation
 from meshd.protocol import codec
 from meshd.protocol.flow import SendQueue
 from meshd.protocol.framing import EMPTY, KIB, MIB, Frame, FrameLimits, FrameReader, frame_head
@@ -74,6 +74,8 @@ class Connection(asyncio.BufferedProtocol):
         self.hello: Hello | None = None
         """The other side's first message, if it is HELLO."""
         self.first_payload = b""
+        self.violated = False
+        """Whether this side has closed the connection because of what the other side sent."""
         self.bytes_in = 0
         self.bytes_out = 0
         self.received_at = now()
@@ -129,18 +131,29 @@ class Connection(asyncio.BufferedProtocol):
         Raises: PeerLost if the connection is closed; Overloaded if the queue is full; InvalidRequest if the message is larger than
         the other side accepts.
         """
-        if self.reason:
-            raise PeerLost(self.reason)
         view = EMPTY if payload is None else memoryview(payload).cast("B")
+        self.send_encoded(self.encode(message, view), view)
+
+    def encode(self, message: Message, payload: memoryview) -> bytes:
+        """Encode a message's header, also after the connection has closed.
+
+        Raises: InvalidRequest if the message is larger than the other side accepts.
+        """
         header = codec.encode(message)
-        if len(header) > self.accepts.max_header or len(view) > self.accepts.max_payload:
+        if len(header) > self.accepts.max_header or len(payload) > self.accepts.max_payload:
             raise InvalidRequest(
-                f"{type(message).__name__} takes {len(header)} bytes of header and {len(view)} of payload; "
+                f"{type(message).__name__} takes {len(header)} bytes of header and {len(payload)} of payload; "
                 f"the peer accepts {self.accepts.max_header} and {self.accepts.max_payload}"
             )
-        head = frame_head(header, len(view))
-        joined = b"".join((head, view[:_JOINED])) if view else head
-        rest = view[_JOINED:]
+        return header
+
+    def send_encoded(self, header: bytes, payload: memoryview) -> None:
+        """Write a message that `encode` has encoded, or queue it. Raises: PeerLost, Overloaded as `send` does."""
+        if self.reason:
+            raise PeerLost(self.reason)
+        head = frame_head(header, len(payload))
+        joined = b"".join((head, payload[:_JOINED])) if payload else head
+        rest = payload[_JOINED:]
         if self._paused or self._queue:
             self._queue.put(joined, rest)
             return
@@ -260,6 +273,7 @@ class Connection(asyncio.BufferedProtocol):
                 asyncio.get_running_loop().call_soon(callback)
 
     def _fail(self, error: MeshdError) -> None:
+        self.violated = True
         if not self._first.done():
             self._first.set_exception(error)
             self._first.exception()
@@ -411,10 +425,13 @@ def _abandon(abandon: Callable[[], object], connecting: asyncio.Future[object]) 
 
 
 async def connect(address: Address, connect_s: float) -> socket.socket:
-    """Open a TCP connection to the first address that answers within `connect_s`. Raises: PeerLost."""
+    """Open a TCP connection to the first address that answers within `connect_s`.
+
+    Raises: PeerLost; NotListening if the last address refuses it.
+    """
     loop = asyncio.get_running_loop()
     host, port = address
-    failure, hint = "its name has no address", ""
+    failure, hint, lost = "its name has no address", "", PeerLost
     try:
         infos = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
@@ -433,12 +450,13 @@ async def connect(address: Address, connect_s: float) -> socket.socket:
             # asyncio puts its own words in `strerror`, such as "Connect call failed".
             failure = os.strerror(error.errno) if error.errno else "no answer in time"
             hint = _CONNECT_HINTS.get(error.errno or errno.ETIMEDOUT, "")
+            lost = NotListening if error.errno == errno.ECONNREFUSED else PeerLost
         except BaseException:
             raw.close()
             raise
         else:
             return raw
-    raise PeerLost(f"{host}:{port} can't be reached: {failure}", hint=hint)
+    raise lost(f"{host}:{port} can't be reached: {failure}", hint=hint)
 
 
 def _handshake_failure(error: Exception) -> MeshdError:

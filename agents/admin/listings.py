@@ -97,9 +97,16 @@ class Listings:
             "ttft_s": answer.ttft_s or None,
             "epoch": answer.machine.epoch,
             "plan": answer.plan_header,
+            "numerics": answer.numerics_header,
             "method": answer.recoveries[-1].method if answer.recoveries else "",
             "recoveries": [
-                {"epoch": each.epoch, "method": each.method, "reason": each.reason, "pause_ms": 1000 * each.pause_s}
+                {
+                    "epoch": each.epoch,
+                    "method": each.method,
+                    "reason": each.reason,
+                    "pause_ms": 1000 * each.pause_s,
+                    "other_numerics": each.other_numerics,
+                }
                 for each in answer.recoveries
             ],
             "mirrors": [

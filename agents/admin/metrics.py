@@ -22,6 +22,7 @@ from meshd.agents.session.journal.writer import JournalWriters
 from meshd.agents.stage.host import StageHost
 from meshd.agents.supervisor import Supervisor
 from meshd.clock import Clock
+from meshd.kernels.kv.memory import PAGE_TOKENS
 from meshd.telemetry import Telemetry
 
 _ENDS = {"finished", "failed", "cancelled", "suspended"}
@@ -113,6 +114,7 @@ class PeerCollector(Collector):
     def _bytes(self) -> "Iterator[_Sample]":
         traffic = self.links.traffic
         yield "meshd_link_refusals", [], self.links.refusals_total
+        yield "meshd_link_restores", [], self.links.restored_total
         for kind in KINDS:
             yield "meshd_sent_payload_bytes", [kind], traffic.sent[kind]
             yield "meshd_received_payload_bytes", [kind], traffic.received[kind]
@@ -130,9 +132,9 @@ class PeerCollector(Collector):
             yield "meshd_layers", [model, state], count
         for model, size in weights.items():
             yield "meshd_weights_bytes", [model], size
-        pools = [resident.pool for resident in self.holdings if resident.pool is not None]
-        yield "meshd_kv_blocks", [], sum(pool.blocks for pool in pools)
-        yield "meshd_kv_blocks_free", [], sum(pool.blocks_free for pool in pools)
+        loaded = [resident for resident in self.holdings if resident.kv is not None]
+        yield "meshd_kv_blocks", [], sum(resident.kv_tokens // PAGE_TOKENS for resident in loaded)
+        yield "meshd_kv_blocks_free", [], sum(resident.kv_tokens_free // PAGE_TOKENS for resident in loaded)
 
     def _sessions(self) -> "Iterator[_Sample]":
         coordinator = self.coordinator
@@ -165,8 +167,8 @@ _GAUGES: tuple[tuple[str, ...], ...] = (
     ("meshd_memory_reserved_bytes", "Memory reserved for weights and KV"),
     ("meshd_layers", "Layers on this peer, by the state of their load", "model", "state"),
     ("meshd_weights_bytes", "Memory of weights", "model"),
-    ("meshd_kv_blocks", "KV blocks of this peer"),
-    ("meshd_kv_blocks_free", "Free KV blocks of this peer"),
+    ("meshd_kv_blocks", "KV that placements reserve, in blocks of 32 tokens of all their layers"),
+    ("meshd_kv_blocks_free", "Of these, blocks that one more session can have"),
     ("meshd_sessions_active", "Sessions that this peer coordinates"),
     ("meshd_sessions_waiting", "Requests that wait for admission"),
     ("meshd_sessions_retained", "Answers that have ended or are suspended and can still be read"),
@@ -179,6 +181,7 @@ _COUNTERS: tuple[tuple[str, ...], ...] = (
     ("meshd_link_sent_bytes", "Bytes sent to a linked peer, on all links since the start", "peer"),
     ("meshd_link_received_bytes", "Bytes received from a linked peer, on all links since the start", "peer"),
     ("meshd_link_refusals", "Links with other devices that this peer or the other device refused"),
+    ("meshd_link_restores", "Links that broke and came back, with all that was on its way"),
     ("meshd_sent_payload_bytes", "Bytes of payloads sent to other peers, by what they carry", "kind"),
     ("meshd_received_payload_bytes", "Bytes of payloads received from other peers, by what they carry", "kind"),
     ("meshd_events_published", "Events of this peer"),

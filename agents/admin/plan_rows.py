@@ -40,6 +40,7 @@ class PlanRows:
             "model": plan.model,
             "epoch": answer.machine.epoch,
             "plan": answer.plan_header,
+            "numerics": answer.numerics_header,
             "stages": [
                 {
                     "peer": stage.peer,

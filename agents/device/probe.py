@@ -1,6 +1,7 @@
-"""Measures this device's rates with each backend (`kernels/measure.py`) and caches them.
+"""Measures this device's rates with each backend (`kernels/measure.py`) and its numerics id, and caches them.
 
-A peer advertises only rates that it has measured. The measurement takes less than 15 s, unless the first backend loads slowly.
+A peer advertises only rates and numerics that it has measured. The measurement takes less than 20 s, unless the first backend
+loads slowly.
 
 Each backend is measured in its own process (`python -m meshd.agents.device.probe BACKEND THREADS BUDGET_S`), so that the daemon's
 thread pools and memory are not affected, and a backend that hangs or crashes loses only its own measurement. Free memory is
@@ -8,6 +9,7 @@ measured at every start and not cached.
 """
 
 import asyncio
+import os
 import platform
 import sys
 import time
@@ -25,7 +27,7 @@ from meshd.agents.device.disk import disk_read_rate
 from meshd.agents.device.energy import EnergyMeter
 from meshd.agents.device.memory import MemoryBudget, measure_memory, usable_cores
 from meshd.agents.device.probe_record import FORMAT, BackendTrial, ProbeKey, ProbeRecord, load_record, measurement_lock, save_record
-from meshd.agents.device.processor import processor_name
+from meshd.agents.device.processor import processor_features, processor_name
 from meshd.clock import Clock
 from meshd.errors import LocalFault, StorageError
 from meshd.types import Capability, Rates
@@ -35,12 +37,14 @@ LIMIT_S = 13.0
 """Planned time of the whole probe, libraries included. The backends share the time that is left after the disk measurement."""
 DEADLINE_S = 60.0
 """Deadline of each backend until one is measured, so that a device gets rates even if its libraries load slowly."""
-_MIN_DEADLINE_S = 5.0
+_MIN_DEADLINE_S = 8.0
 """Shortest deadline of a backend once another backend is measured, even if `LIMIT_S` is used up."""
 _PACKING_S = 1.5
 """Estimated time that a backend takes to load the synthetic weights."""
 _MIN_MEASURING_S = 1.0
 _SOFTWARE = ("numpy", "onnxruntime", "torch")
+_ENVIRONMENT = ("ATEN_CPU_CAPABILITY", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "NPY_DISABLE_CPU_FEATURES", "ONEDNN_MAX_CPU_ISA")
+"""Variables by which torch, MKL, numpy and oneDNN choose instructions."""
 
 Progress = Callable[[str, float], None]
 """Called with the name of the measurement that runs now and the fraction of the probe that is done (0 to 1)."""
@@ -103,6 +107,7 @@ def report(result: ProbeResult) -> dict[str, Any]:
         "cores": result.cores,
         "threads": capability.threads,
         "backend": capability.backend,
+        "numerics": capability.numerics,
         "rates": msgspec.to_builtins(capability.rates),
         "memory_total_bytes": capability.memory_total_bytes,
         "memory_free_bytes": capability.memory_free_bytes,
@@ -133,11 +138,13 @@ def probe_key(cores: int, threads: int, backends: tuple[str, ...]) -> ProbeKey:
         format=FORMAT,
         machine=platform.machine(),
         processor=processor_name(),
+        features=processor_features(),
         memory_bytes=psutil.virtual_memory().total,
         cores=cores,
         threads=threads,
         backends=backends,
         software=software,
+        environment={name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
     )
 
 
@@ -146,6 +153,7 @@ def _capability(record: ProbeRecord, memory: MemoryBudget, roles: tuple[str, ...
     assert best.rates is not None
     return Capability(
         backend=best.backend,
+        numerics=best.numerics,
         processor=record.key.processor,
         threads=record.key.threads,
         memory_total_bytes=memory.total_bytes,
@@ -233,23 +241,27 @@ async def run_module(module: str, *arguments: object, deadline_s: float) -> tupl
 
 
 def read_trial(backend: str, status: int, output: bytes, stderr: bytes, power_w: float | None) -> BackendTrial:
-    """Read a measuring process's result: rates in the last line of `output`, or else an error in the last line of `stderr`."""
+    """Read a measuring process's result: the last line of `output`, or else an error in the last line of `stderr`."""
     try:
-        rates = msgspec.json.decode((output.splitlines() or [b""])[-1], type=Rates)
+        trial = msgspec.json.decode((output.splitlines() or [b""])[-1], type=BackendTrial)
     except msgspec.DecodeError:
         lines = stderr.decode(errors="replace").strip().splitlines()
         return BackendTrial(backend=backend, error=lines[-1] if lines else f"its process ended with status {status}")
-    return BackendTrial(backend=backend, rates=rates, power_w=power_w)
+    return msgspec.structs.replace(trial, power_w=power_w)
 
 
 def main(backend: str, threads: int, budget_s: float) -> None:
-    """Measure a backend in this process and print its rates as one line of JSON. `budget_s` includes the loading of libraries."""
+    """Measure a backend in this process and print its trial as one line of JSON.
+
+    `budget_s` includes the loading of libraries and the numerics, which take 1 to 3 s and are not cut short.
+    """
     from meshd.kernels.measure import measure
+    from meshd.kernels.numerics.measure_id import measure_numerics
     from meshd.kernels.registry import make_backend
 
-    make_backend(backend, threads)
-    loading_s = time.time() - psutil.Process().create_time()
-    measured = measure(backend, threads, max(_MIN_MEASURING_S, budget_s - loading_s - _PACKING_S))
+    numerics = measure_numerics(make_backend(backend, threads))
+    used_s = time.time() - psutil.Process().create_time()
+    measured = measure(backend, threads, max(_MIN_MEASURING_S, budget_s - used_s - _PACKING_S))
     rates = Rates(
         decode_bytes_s=measured.decode_bytes_s,
         prefill_flops_s=measured.prefill_flops_s,
@@ -258,7 +270,7 @@ def main(backend: str, threads: int, budget_s: float) -> None:
         disk_bytes_s=0.0,
         layer_overhead_s=measured.layer_overhead_s,
     )
-    print(msgspec.json.encode(rates).decode(), flush=True)
+    print(msgspec.json.encode(BackendTrial(backend=backend, rates=rates, numerics=numerics)).decode(), flush=True)
 
 
 if __name__ == "__main__":

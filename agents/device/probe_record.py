@@ -10,11 +10,12 @@ from filelock import lock_descriptor
 
 from meshd.clock import Clock
 from meshd.errors import StorageError
+from meshd.numerics import UNKNOWN, NumericsId
 from meshd.state import StateFolder
 from meshd.types import Rates
 
-FORMAT = 1
-"""Version of the cache file. Increase it when the measured rates, or the way in which they are measured, change."""
+FORMAT = 2
+"""Version of the cache file. Increase it when the measured rates or numerics, or the way in which they are measured, change."""
 CACHE_FILE = "probe.json"
 _LOCK_FILE = "probe.lock"
 _MAX_RECORDS = 8
@@ -25,10 +26,14 @@ _TYPICAL_LAYER_BYTES = 16 * 2**20
 
 
 class BackendTrial(msgspec.Struct, frozen=True, kw_only=True):
-    """One backend's rates, or the error if it failed. Their `disk_bytes_s` is 0, because the disk is measured separately."""
+    """One backend's rates and numerics, or the error if it failed.
+
+    The rates' `disk_bytes_s` is 0, because the disk is measured separately.
+    """
 
     backend: str
     rates: Rates | None = None
+    numerics: NumericsId = UNKNOWN
     power_w: float | None = None
     error: str = ""
 
@@ -51,6 +56,11 @@ class ProbeKey(msgspec.Struct, frozen=True, kw_only=True):
     threads: int
     backends: tuple[str, ...]
     software: dict[str, str]
+    features: str = ""
+    """A digest of the processor's instruction sets: a virtual machine may hide some of them, and libraries choose by them. Records
+    of format 1 lack it."""
+    environment: dict[str, str] = {}
+    """Variables of the environment that are set and by which libraries choose instructions, and so bits."""
 
 
 class ProbeRecord(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,5 +1,6 @@
-"""Finds the name of this device's processor."""
+"""Finds the name of this device's processor, and a digest of its instruction sets."""
 
+import hashlib
 import platform
 import subprocess
 import sys
@@ -7,6 +8,9 @@ from pathlib import Path
 
 _PROCESSOR_KEYS = ("model name", "Model", "Hardware", "cpu model", "uarch")
 """Keys of the processor's name in `/proc/cpuinfo`: on x86, Raspberry Pi, other ARM, MIPS and RISC-V."""
+
+_FEATURE_KEYS = ("flags", "Features", "isa")
+"""Keys of its instruction sets: on x86, ARM and RISC-V."""
 
 
 def processor_name(root: Path = Path("/")) -> str:
@@ -18,6 +22,17 @@ def processor_name(root: Path = Path("/")) -> str:
     facts = _cpuinfo(root)
     name = next((facts[key] for key in _PROCESSOR_KEYS if facts.get(key)), "")
     return " ".join(name.split()) or platform.processor() or platform.machine() or "unknown"
+
+
+def processor_features(root: Path = Path("/")) -> str:
+    """Return a digest of the instruction sets that the system shows; empty if it shows none."""
+    if sys.platform == "darwin":
+        text = " ".join(_sysctl(f"machdep.cpu.{name}") for name in ("features", "leaf7_features"))
+    else:
+        facts = _cpuinfo(root)
+        text = next((facts[key] for key in _FEATURE_KEYS if facts.get(key)), "")
+    names = sorted(text.split())
+    return hashlib.sha256(" ".join(names).encode()).hexdigest()[:16] if names else ""
 
 
 def _cpuinfo(root: Path) -> dict[str, str]:

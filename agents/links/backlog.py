@@ -24,8 +24,8 @@ class _Waiting:
 class Backlog:
     """Sends messages in the order of the calls of `send`, for each peer and lane.
 
-    The number of waiting messages is bounded by the callers: each has only so many messages under way (the prefill window of a
-    stage, the chunks of a prompt). A caller that can do something else meanwhile asks `waits` first.
+    The number of waiting messages is bounded by the callers: each has only so many messages under way (the window of steps of
+    an edge, one prompt). A caller that can do something else meanwhile asks `waits` first.
     """
 
     links: Links

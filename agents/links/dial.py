@@ -184,6 +184,7 @@ class Dialler:
                 target.failures += 1
             else:
                 await link.gone.wait()
+                await link.over.wait()
                 self._ended(target, link)
             if target.failures:
                 await self._wait(target)

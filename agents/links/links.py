@@ -11,7 +11,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TypedDict
 
 import meshd
 from meshd.agents.links.dial import Dialler
@@ -20,8 +19,10 @@ from meshd.agents.links.link import Link
 from meshd.agents.links.link_table import STOPS, LinkTable, OnDown, OnUp, Timing
 from meshd.agents.links.log import LinkLog, RefusalRow
 from meshd.agents.links.meters.clock_offset import ClockOffset
+from meshd.agents.links.meters.link_rows import LinkRow, link_row
 from meshd.agents.links.meters.traffic import Traffic
 from meshd.agents.links.open import LinkOpener, OnOutcome, ReturnDesk
+from meshd.agents.links.restoring.restorer import LinkRestorer
 from meshd.agents.links.rpc import Dispatcher, Handler, M, to_view
 from meshd.agents.supervisor import Supervise, unsupervised
 from meshd.clock import Clock
@@ -58,28 +59,13 @@ class LinkSettings:
     """See `LinkStats.slow_start`."""
 
 
-class LinkRow(TypedDict):
-    """One link that is up, as `meshd status --json` and the API show it."""
-
-    peer: PeerId
-    name: str
-    address: str
-    addresses: list[str]
-    dialled: bool
-    up_s: float
-    rtt_ms: float | None
-    rtt_min_ms: float | None
-    queued_bytes: int
-    bytes_in: int
-    bytes_out: int
-    software: str
-    features: list[str]
-
-
 class Links:
     """The actor that owns all links.
 
-    `on_up(peer, hello, address)` is called before the first message of a link, `on_down(peer, reason)` when the link has ended. For
+    A link that breaks is dialled again at once. While both processes live, that shows nowhere: what is sent meanwhile is kept, and
+    each message arrives once (`restoring/`).
+
+    `on_up(peer, hello, address)` is called before the first message of a link, `on_down(peer, reason)` when the peer is lost. For
     a peer that restarts, `on_down` is called and then `on_up`. `on_outcome(outcome)` is called after each dial, and when another
     device's connection made no link.
     """
@@ -115,6 +101,8 @@ class Links:
             max_half_open=settings.max_half_open,
         )
         self._dialler = Dialler(self._opener.dial, self.id, self._table, clock)
+        self._restorer = LinkRestorer(self._opener.dial, self._table, clock)
+        self._table.on_break = self._restore
         self._listeners: list[socket.socket] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._stop = asyncio.Event()
@@ -136,16 +124,18 @@ class Links:
         itself. Connections that are being opened are checked against the new key before they join a link.
         """
         self._opener.identity = identity
-        for link in self._table:
-            if not stays(link.peer):
-                link.end(reason, Goodbye(reason=reason))
+        for peer in {link.peer for link in (*self._table, *self._table.all_known())}:
+            if not stays(peer):
+                self.cut(peer, reason)
         self._dialler.wake()
 
     def cut(self, peer: PeerId, reason: str) -> None:
         """End the link with a peer, if there is one."""
-        link = self._table.get(peer)
+        link, broken = self._table.get(peer), self._table.broken(peer)
         if link is not None:
             link.end(reason, Goodbye(reason=reason))
+        if broken is not None:
+            self._table.give_up(broken, reason)
 
     def dial_rarely(self, rarely: bool) -> None:
         """Set whether addresses at which no link comes up are dialled only every 10 minutes."""
@@ -162,7 +152,7 @@ class Links:
         self._dispatcher.register(message_type, handler)
 
     def send(self, peer: PeerId, message: Message, payload: Buffer | None = None) -> None:
-        """Send a message, or queue it until the socket is writable.
+        """Send a message, or queue it until the socket is writable or a broken link is restored.
 
         A message to this peer itself goes to its own handlers, in order. The caller must not change the payload afterwards.
 
@@ -171,15 +161,15 @@ class Links:
         if peer == self.id:
             self._send_local(message, payload)
             return
-        link = self._table.get(peer)
-        if link is None or not link.up:
+        link = self._table.known(peer)
+        if link is None:
             raise PeerLost(f"{peer:.8} is not linked with this peer")
         link.send(message, payload)
 
     def when_room(self, peer: PeerId, lane: Lane, callback: Callable[[], None]) -> None:
         """Call `callback` once, when a lane that was full has room again or its link has ended. Never at once."""
-        link = self._table.get(peer)
-        if link is None or not link.up:
+        link = self._table.known(peer)
+        if link is None:
             asyncio.get_running_loop().call_soon(callback)
         else:
             link.when_room(lane, callback)
@@ -218,28 +208,33 @@ class Links:
         self._dialler.forget((host, port), source)
 
     def peers(self) -> list[PeerId]:
-        """Returns: the peers whose link is up."""
-        return [link.peer for link in self._table if link.up]
+        """Returns: the peers whose link is up, or broken but not given up."""
+        return [link.peer for link in self._table.all_known()]
 
     def silence_s(self, peer: PeerId) -> float:
-        """Returns: seconds since the last message of a peer; infinity if its link is not up."""
-        link = self._table.get(peer)
-        return self._clock.monotonic() - link.heard if link is not None and link.up else float("inf")
+        """Returns: seconds since the last message of a peer; infinity if it has no link."""
+        link = self._table.known(peer)
+        return self._clock.monotonic() - link.heard if link is not None else float("inf")
 
     def unused_s(self, peer: PeerId) -> float:
-        """Returns: seconds since the last message of a session on the link with a peer; infinity if its link is not up."""
-        link = self._table.get(peer)
-        return self._clock.monotonic() - link.used_at if link is not None and link.up else float("inf")
+        """Returns: seconds since the last message of a session on the link with a peer; infinity if it has no link."""
+        link = self._table.known(peer)
+        return self._clock.monotonic() - link.used_at if link is not None else float("inf")
 
     def estimate(self, peer: PeerId) -> LinkEstimate | None:
-        """Returns: what is known of the link with a peer; None if its link is not up."""
-        link = self._table.get(peer)
-        return link.estimate if link is not None and link.up else None
+        """Returns: what is known of the link with a peer; None if it has none."""
+        link = self._table.known(peer)
+        return link.estimate if link is not None else None
 
     def clock_of(self, peer: PeerId) -> ClockOffset:
         """Returns: what is known of a linked peer's clock; without a link, nothing."""
-        link = self._table.get(peer)
+        link = self._table.known(peer)
         return link.clock if link is not None else ClockOffset()
+
+    @property
+    def restored_total(self) -> int:
+        """How often a broken link was restored since the start."""
+        return self._table.restored_total
 
     @property
     def refusals_total(self) -> int:
@@ -252,19 +247,19 @@ class Links:
         return self._table.traffic
 
     def idle_s(self, peer: PeerId, lane: Lane) -> float:
-        """Returns: seconds since the last bytes from `peer` arrived on a lane, which may be a part of a message; infinity if its
-        link is not up."""
-        link = self._table.get(peer)
-        return self._clock.monotonic() - link.lanes[lane].received_at if link is not None and link.up else float("inf")
+        """Returns: seconds since the last bytes from `peer` arrived on a lane, which may be a part of a message; infinity if it has
+        no link."""
+        link = self._table.known(peer)
+        return self._clock.monotonic() - link.lanes[lane].received_at if link is not None else float("inf")
 
     def addresses(self, peer: PeerId) -> list[str]:
         """Returns: the addresses (`host:port`) at which a linked peer was reached or says that it listens, oldest first."""
-        link = self._table.get(peer)
+        link = self._table.known(peer)
         return [str(Address(*address)) for address in link.addresses] if link is not None else []
 
     def rows(self) -> list[LinkRow]:
-        """Describe the links that are up."""
-        return [self._row(link) for link in self._table if link.up]
+        """Describe the links that are up, or broken but not given up."""
+        return [link_row(link, self._clock.monotonic()) for link in self._table.all_known()]
 
     def refusals(self) -> list[RefusalRow]:
         """Returns: the latest 64 peers and other devices that were refused a link, with reasons."""
@@ -299,6 +294,7 @@ class Links:
             self._dispatcher.group = None
             for link in self._table:
                 link.end(STOPS, on_purpose=True)
+            self._give_up_broken(STOPS)
             await self._opener.close()
             for listener in self._listeners:
                 listener.close()
@@ -309,6 +305,7 @@ class Links:
         links = list(self._table)
         for link in links:
             link.end(reason, Goodbye(reason=reason))
+        self._give_up_broken(reason)
         with suppress(TimeoutError):
             async with asyncio.timeout(_CLOSE_S):
                 for link in links:
@@ -317,6 +314,18 @@ class Links:
             for connection in link.lanes.values():
                 connection.abort(reason)
         self._stop.set()
+
+    def _restore(self, link: Link) -> None:
+        """Dial the peer of a link that has broken, unless this peer is about to stop."""
+        group = self._dispatcher.group
+        if group is None or self._stop.is_set():
+            self._table.give_up(link, link.reason)
+        else:
+            self._own(group.create_task(self._restorer.restore(link), name=f"restore {link.peer:.8}"))
+
+    def _give_up_broken(self, reason: str) -> None:
+        for link in self._table.all_known():
+            self._table.give_up(link, reason)
 
     async def _listen(self, group: asyncio.TaskGroup, listener: socket.socket) -> None:
         loop = asyncio.get_running_loop()
@@ -358,30 +367,8 @@ class Links:
 
     def features(self, peer: PeerId) -> frozenset[str]:
         """Return the optional features that this peer and `peer` both have; none without a link."""
-        link = self._table.get(peer)
+        link = self._table.known(peer)
         return link.agreement.features if link is not None and link.agreement is not None else frozenset()
-
-    def _row(self, link: Link) -> LinkRow:
-        assert link.agreement is not None
-        hello = link.agreement.hello
-        host, port = link.lanes[Lane.CONTROL].remote
-        now = self._clock.monotonic()
-        hop_s = link.estimate.hop_s(now)
-        return LinkRow(
-            peer=link.peer,
-            name=hello.name,
-            address=str(Address(host, port)),
-            addresses=self.addresses(link.peer),
-            dialled=link.dialled,
-            up_s=now - link.up_since,
-            rtt_ms=_ms(None if hop_s is None else 2 * hop_s),
-            rtt_min_ms=_ms(link.estimate.rtt_s(now)),
-            queued_bytes=link.queued_bytes,
-            bytes_in=link.bytes_in,
-            bytes_out=link.bytes_out,
-            software=hello.software,
-            features=sorted(link.agreement.features),
-        )
 
 
 def bind(host: str, port: int) -> list[socket.socket]:
@@ -418,7 +405,3 @@ def _close_unwelcomed(raw: socket.socket, welcome: asyncio.Task[None]) -> None:
     """Close the socket of a `welcome` task that was cancelled before its first step, and so could not close the socket itself."""
     if welcome.cancelled():
         raw.close()
-
-
-def _ms(seconds: float | None) -> float | None:
-    return None if seconds is None else seconds * 1e3

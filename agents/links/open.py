@@ -209,7 +209,7 @@ class LinkOpener:
             raise PeerLost(crowd)
         link = self._table.begin_dialled(control.peer, int.from_bytes(self._clock.random_bytes(8), "big") >> 1)
         try:
-            agreement = await self._greet(control, Lane.CONTROL, link.number)
+            agreement = await self._greet(control, Lane.CONTROL, link.number, restores=self._table.broken(control.peer))
             self._table.join(link, Lane.CONTROL, control, agreement)
             bulk = await self._connect(control.remote)
             try:
@@ -227,8 +227,8 @@ class LinkOpener:
             link.end(str(error) or "given up")
             raise
 
-    async def _greet(self, connection: Connection, lane: Lane, number: int) -> HelloAgreement:
-        asked = self._hello(lane, number)
+    async def _greet(self, connection: Connection, lane: Lane, number: int, *, restores: Link | None = None) -> HelloAgreement:
+        asked = self._hello(lane, number, restores)
         connection.send(asked)
         try:
             async with asyncio.timeout(self._table.timing.handshake_s):
@@ -299,17 +299,20 @@ class LinkOpener:
 
     def _admit(self, connection: Connection, agreement: HelloAgreement) -> None:
         hello = agreement.hello
-        answer = self._hello(Lane(hello.lane), hello.link)
         if hello.peer == self.identity.peer:
-            connection.send(answer)
+            connection.send(self._hello(Lane(hello.lane), hello.link))
             connection.close("it is this very peer")
             self._check_own(hello, connection)
         elif hello.lane == Lane.BULK:
-            self._admit_bulk(connection, agreement, answer)
+            self._admit_bulk(connection, agreement)
         else:
-            self._admit_control(connection, agreement, answer)
+            self._admit_control(connection, agreement)
 
-    def _admit_control(self, connection: Connection, agreement: HelloAgreement, answer: Hello) -> None:
+    def _admit_control(self, connection: Connection, agreement: HelloAgreement) -> None:
+        if agreement.hello.history and not self._table.may_restore(agreement.hello):
+            # From this HELLO the other side can tell that what it would restore is gone here. It dials again without it.
+            connection.close("the link that it would restore is gone", self._hello(Lane.CONTROL, agreement.hello.link))
+            return
         crowd = "" if self._table.get(connection.peer) is not None else self._crowd(connection.remote[0])
         link = None if crowd else self._table.begin_accepted(agreement)
         if link is None:
@@ -317,19 +320,25 @@ class LinkOpener:
             connection.close(reason, Goodbye(reason=reason))
             return
         self._table.join(link, Lane.CONTROL, connection, agreement)
-        connection.send(answer)
+        connection.send(self._hello(Lane.CONTROL, link.number, link.restores))
         link.note_address((connection.remote[0], agreement.hello.port))
 
-    def _admit_bulk(self, connection: Connection, agreement: HelloAgreement, answer: Hello) -> None:
+    def _admit_bulk(self, connection: Connection, agreement: HelloAgreement) -> None:
         link = self._table.get(connection.peer)
         if link is None or link.dialled or link.joined or link.number != agreement.hello.link:
             connection.close("no link waits for it", Goodbye(reason="no link waits for this lane"))
             return
         self._table.join(link, Lane.BULK, connection, agreement)
-        connection.send(answer)
+        connection.send(self._hello(Lane.BULK, link.number))
 
-    def _hello(self, lane: Lane, number: int) -> Hello:
-        return msgspec.structs.replace(self.greeting, lane=lane, link=number)
+    def _hello(self, lane: Lane, number: int, restores: Link | None = None) -> Hello:
+        greeting = msgspec.structs.replace(self.greeting, lane=lane, link=number)
+        if restores is None:
+            return greeting
+        history = restores.history
+        return msgspec.structs.replace(
+            greeting, history=history.number, lost=restores.number, received=(history.received[0], history.received[1])
+        )
 
     def _check_own(self, hello: Hello, connection: Connection) -> None:
         if hello.incarnation != self.greeting.incarnation:

@@ -129,6 +129,8 @@ class PlanChosen(Event, frozen=True, kw_only=True, tag="plan"):
     predicted_tpot_s: float
     reason: str
     """Why the plan before was left; empty for the first plan."""
+    numerics: str
+    """The numerics ids of its peers, each once, separated by commas."""
 
 
 class AnswerContinued(Event, frozen=True, kw_only=True, tag="recovery"):
@@ -143,6 +145,8 @@ class AnswerContinued(Event, frozen=True, kw_only=True, tag="recovery"):
     reason: str
     pause_s: float
     """From the last token before to the first token after the change."""
+    other_numerics: str
+    """Layers that are computed with other numerics since; empty: none."""
 
 
 class PredictionChecked(Event, frozen=True, kw_only=True, tag="prediction"):

@@ -13,15 +13,23 @@ import msgspec
 from meshd.agents.cluster_service import PlacementStep
 from meshd.agents.links.links import Links
 from meshd.agents.placement.model_library import ModelLibrary
-from meshd.agents.placement.plan_input import CONTEXTS_OF_KV, LEAST_CONTEXT, USUAL_CONTEXT, plan_input_of, repair_input
+from meshd.agents.placement.plan_input import (
+    CONTEXTS_OF_KV,
+    LEAST_CONTEXT,
+    ONE_NUMERICS_CONTEXT,
+    USUAL_CONTEXT,
+    plan_input_of,
+    repair_input,
+)
 from meshd.agents.service import MeshOptions
 from meshd.clock import Clock
 from meshd.errors import DoesNotFit, MeshdError, NoPeer, OutOfMemory, PeerFault, ProtocolViolation, Unavailable
 from meshd.models.cards import shown_to_peers
+from meshd.numerics import UNKNOWN, NumericsId
 from meshd.planner.model.memory import allowed_bytes, stage_memory
 from meshd.planner.problem import PlanInput
 from meshd.planner.search.repair import repair_within
-from meshd.planner.search.solve import Solution, solve
+from meshd.planner.search.solve import Solution, needs_mixing, solve
 from meshd.protocol.messages import Place, Placed, Unplace, Unplaced
 from meshd.types import Advert, Holding, LayerRange, ModelCard, ModelId, Objective, PeerId, StagePlan
 
@@ -45,8 +53,12 @@ class PlacementClient:
     names: Callable[[PeerId], str]
     clock: Clock
 
-    async def place(self, card: ModelCard, mesh: MeshOptions, *, context: int | None = None) -> AsyncGenerator[PlacementStep, None]:
-        """Load the model on the peers that the planner, or `mesh.stages`, chooses. Yields each peer's progress when it changes.
+    async def place(
+        self, card: ModelCard, mesh: MeshOptions, *, context: int | None = None, avoid: Collection[PeerId] = ()
+    ) -> AsyncGenerator[PlacementStep, None]:
+        """Load the model on the peers that the planner, or `mesh.stages`, chooses, but on none in `avoid`.
+
+        Yields each peer's progress when it changes.
 
         KV is reserved for contexts of `USUAL_CONTEXT` tokens, or of the model's maximum if that is smaller. If memory is short, it
         is reserved for fewer tokens, but never for fewer than `context` or `LEAST_CONTEXT`.
@@ -55,7 +67,7 @@ class PlacementClient:
         could not load its layers.
         Cancel: peers that have begun to load their layers finish the load.
         """
-        problem, solution = self._solve(card, mesh, context)
+        problem, solution = self._solve(card, mesh, context, avoid)
         await self._check_text(card)
         loop = asyncio.get_running_loop()
         kv_tokens = {stage: self._kv_tokens(problem, stage) for stage in solution.stages}
@@ -161,18 +173,30 @@ class PlacementClient:
             (holding.progress for advert in self.adverts() for holding in advert.holdings if holding.model == model), default=1.0
         )
 
-    def _solve(self, card: ModelCard, mesh: MeshOptions, context: int | None) -> tuple[PlanInput, Solution]:
-        """Search for a placement. If it doesn't fit, halve the context, but not below `context` or `LEAST_CONTEXT`."""
+    def _solve(
+        self, card: ModelCard, mesh: MeshOptions, context: int | None, avoid: Collection[PeerId]
+    ) -> tuple[PlanInput, Solution]:
+        """Search for a placement. If it doesn't fit, halve the context, but not below `context` or `LEAST_CONTEXT`.
+
+        The context is also halved where only a placement over several numerics fits, but not below `ONE_NUMERICS_CONTEXT`.
+        """
         tokens = max(context or 0, min(card.spec.context_length, USUAL_CONTEXT))
+        adverts = [advert for advert in self.adverts() if advert.peer not in avoid]
+        mixed: tuple[PlanInput, Solution] | None = None
         while True:
-            problem = plan_input_of(card, self.adverts(), mesh, context=tokens)
+            problem = plan_input_of(card, adverts, mesh, context=tokens)
+            smaller = max(context or 0, tokens // 2)
             try:
-                return problem, solve(problem)
+                found = problem, solve(problem)
+                if not needs_mixing(*found):
+                    return found
+                mixed = mixed or found
+                if smaller < ONE_NUMERICS_CONTEXT or smaller == tokens:
+                    return mixed
             except DoesNotFit:
-                smaller = max(context or 0, tokens // 2)
                 if smaller < LEAST_CONTEXT or smaller == tokens:
                     raise
-                tokens = smaller
+            tokens = smaller
 
     def _kv_tokens(self, problem: PlanInput, stage: StagePlan) -> int:
         """Choose how many tokens to reserve KV for: up to `CONTEXTS_OF_KV` whole contexts, as far as the peer has memory."""
@@ -184,7 +208,8 @@ class PlacementClient:
         return problem.context * (1 + max(0, min(CONTEXTS_OF_KV - 1, more)))
 
     async def _ask(self, card: ModelCard, stage: StagePlan, kv_tokens: int, *, pinned: bool = False) -> int:
-        return await request_place(self.links, stage.peer, card, stage.layers, kv_tokens, pinned=pinned)
+        numerics = numerics_of_peer(self.adverts(), stage.peer)
+        return await request_place(self.links, stage.peer, card, stage.layers, kv_tokens, numerics, pinned=pinned)
 
     async def _watch(self, card: ModelCard, running: dict[StagePlan, "asyncio.Task[int]"]) -> AsyncGenerator[PlacementStep, None]:
         """Yield each stage's progress when it changes in the adverts, until every peer has answered PLACE."""
@@ -227,10 +252,23 @@ async def request_unplace(links: Links, peer: PeerId, model: ModelId) -> int:
     return reply.freed_bytes if isinstance(reply, Unplaced) else 0
 
 
+def numerics_of_peer(adverts: Sequence[Advert], peer: PeerId) -> NumericsId:
+    """Return the id that a peer advertises; `UNKNOWN` if it is not in the cluster now."""
+    return next((advert.capability.numerics for advert in adverts if advert.peer == peer), UNKNOWN)
+
+
 async def request_place(
-    links: Links, peer: PeerId, card: ModelCard, layers: LayerRange, kv_tokens: int, *, standby: bool = False, pinned: bool = False
+    links: Links,
+    peer: PeerId,
+    card: ModelCard,
+    layers: LayerRange,
+    kv_tokens: int,
+    numerics: NumericsId,
+    *,
+    standby: bool = False,
+    pinned: bool = False,
 ) -> int:
-    """Ask a peer to load layers, and wait until they are active there.
+    """Ask a peer to load layers, and wait until they are active there. `numerics`: those with which it is expected to compute.
 
     Returns: the number of tokens that the peer has KV for.
     Raises: PeerFault.
@@ -245,6 +283,7 @@ async def request_place(
         deadline_ms=int(_DEADLINE_S * 1000),
         standby=standby,
         pinned=pinned,
+        numerics=numerics,
     )
     reply, _ = await links.request(peer, request, timeout_s=_DEADLINE_S)
     if not isinstance(reply, Placed):

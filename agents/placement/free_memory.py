@@ -30,11 +30,17 @@ class FreeMemory:
         self._failing = False
 
     def free_bytes(self) -> int:
-        """Returns: bytes that may still be reserved. The measurement behind them is at most `_MEASURED_AGAIN_S` old."""
-        return max(0, self.spare_bytes())
+        """Returns: bytes that may still be reserved, with those of stages that are freed when memory is short.
+
+        The measurement behind them is at most `_MEASURED_AGAIN_S` old.
+        """
+        return max(0, self.spare_bytes() + self._residents.idle_stage_bytes)
 
     def spare_bytes(self) -> int:
-        """Returns: as `free_bytes`, but less than 0 while layers are promised memory that others are yet to give up."""
+        """Returns: bytes that may be reserved without freeing anything.
+
+        Less than 0 while layers are promised memory that others are yet to give up.
+        """
         now = self._clock.monotonic()
         if now - self._measured_at > _MEASURED_AGAIN_S:
             self._measured_at = now

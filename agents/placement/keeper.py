@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from logging import getLogger
 
 from meshd.agents.links.links import Links
-from meshd.agents.placement.client import UNPLACE_S, request_place, request_unplace
+from meshd.agents.placement.client import UNPLACE_S, numerics_of_peer, request_place, request_unplace
 from meshd.agents.placement.history import HoldingHistory
 from meshd.agents.placement.replication import ClusterState, LoadRequest, decide, grow, orphaned_copies
 from meshd.agents.placement.restart.placements import Placements, placed_anew, restored_though_unplaced
@@ -162,7 +162,14 @@ class Keeper:
         key = request.peer, request.model
         try:
             await request_place(
-                self.links, request.peer, card, request.layers, request.kv_tokens, standby=request.standby, pinned=request.pinned
+                self.links,
+                request.peer,
+                card,
+                request.layers,
+                request.kv_tokens,
+                numerics_of_peer(self.adverts(), request.peer),
+                standby=request.standby,
+                pinned=request.pinned,
             )
         except MeshdError as error:
             times = self._refusals[key].times if key in self._refusals else 0

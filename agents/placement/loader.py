@@ -16,15 +16,19 @@ from logging import getLogger
 from meshd.agents.device.compute import ComputeQueue
 from meshd.agents.links.links import Links
 from meshd.agents.placement.model_library import ModelLibrary
+from meshd.agents.placement.ready.layer_times import LayersKey, LayerTimes, LayerTimesFile
+from meshd.agents.placement.ready.stages import SharedStages
+from meshd.agents.placement.ready.warmup import warm_up
 from meshd.agents.placement.resident import LoadState, ResidentLayers, ResidentModels
 from meshd.agents.placement.restart.placements import PlacedLayers, Placements
-from meshd.agents.placement.warmup import warm_up
 from meshd.agents.placement.weights.provider import WeightProvider
 from meshd.clock import Clock
 from meshd.errors import MeshdError, ModelFileError, NotReady, OutOfMemory, Unavailable
 from meshd.kernels.backend import Backend, LoadedLayers
-from meshd.kernels.kv import BLOCK_TOKENS, KVPool
+from meshd.kernels.kv.memory import PAGE_TOKENS
+from meshd.kernels.kv.share import KvShare
 from meshd.models.files.gguf import GgufFile
+from meshd.numerics import is_promised
 from meshd.protocol.messages import Place, Placed, Unplace, Unplaced
 from meshd.state import MemoryFolder
 from meshd.types import LayerRange, ModelCard, ModelId, PeerId
@@ -58,17 +62,19 @@ class Loader:
     weights: WeightProvider
     residents: ResidentModels
     backend: Backend
+    stages: SharedStages
     compute: ComputeQueue
     clock: Clock
     spare_bytes: Callable[[], int]
     """Returns the bytes that may still be reserved; less than 0 while layers are promised memory that others are yet to give up."""
     on_change: Callable[[], None]
     placements: Placements = field(default_factory=lambda: Placements(MemoryFolder()))
+    layer_times: LayerTimesFile = field(default_factory=lambda: LayerTimesFile(MemoryFolder()))
     draining: Callable[[], bool] = lambda: False
     """Whether this peer is being drained, and so loads nothing more."""
     _loading: dict[_Key, _Load] = field(default_factory=dict)
     _reading: set[_Key] = field(default_factory=set)
-    """Loads on a worker thread or on the compute thread: they can't be ended there."""
+    """Loads on a worker thread or on the compute thread: they can't be ended there at once."""
     _withdrawn: set[_Key] = field(default_factory=set)
     """Loads of `_reading` whose model was unplaced meanwhile: they are released at their end."""
     _restoring: set["asyncio.Task[None]"] = field(default_factory=set)
@@ -87,6 +93,7 @@ class Loader:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await self.stages.close()
         for resident in list(self.residents):
             self._release(resident)
 
@@ -106,9 +113,11 @@ class Loader:
         Requests for the same layers at the same time share one load. One for more KV than the load reserves waits for its end.
 
         Returns: active layers that contain the requested ones.
-        Raises: UnknownModel, DownloadError, StorageError, ModelFileError, OutOfMemory; Unavailable while this peer is drained.
+        Raises: UnknownModel, DownloadError, StorageError, ModelFileError, OutOfMemory; Unavailable while this peer is drained;
+        NoPeer if it has other numerics than the request expects.
         Cancel: the load continues for its other callers.
         """
+        self.residents.check_numerics(request.numerics)
         key = _Key(request.model, request.layers)
         while True:
             present = self._present(request)
@@ -125,7 +134,7 @@ class Loader:
 
     def _begin(self, key: _Key, request: Place, restored: bool) -> _Load:
         task = asyncio.get_running_loop().create_task(self._load(request, restored), name=f"load {request.layers}")
-        self._loading[key] = load = _Load(_whole_blocks(request.kv_tokens), task)
+        self._loading[key] = load = _Load(_whole_pages(request.kv_tokens), task)
         task.add_done_callback(lambda _: self._loading.pop(key, None))
         task.add_done_callback(_note_failure)
         return load
@@ -147,7 +156,7 @@ class Loader:
         ]
         return max(
             fitting,
-            key=lambda resident: (not resident.standby, resident.pool.blocks_free if resident.pool else 0),
+            key=lambda resident: (not resident.standby, resident.kv_tokens_free),
             default=None,
         )
 
@@ -186,18 +195,21 @@ class Loader:
         resident = ResidentLayers(
             card,
             request.layers,
-            _whole_blocks(request.kv_tokens),
-            _weight_bytes(card, request.layers),
+            _whole_pages(request.kv_tokens),
+            _weight_bytes(card, request.layers, self.backend),
             standby=request.standby,
             pinned=request.pinned,
             restored=restored,
             has_room=False,
         )
+        await self.stages.make_room(resident.reserved_bytes)
         self._check_room(resident)
         self.residents.entries.append(resident)
         released: list[ResidentLayers] = []
         try:
             await self._fill(resident, request.ref)
+            if self._room_beside(resident) < 0:
+                await self.stages.make_room(0)
             self._make_room(resident, released)
 
             def progress(share: float) -> None:
@@ -208,7 +220,7 @@ class Loader:
             await asyncio.to_thread(self._read, resident, progress)
             resident.state = LoadState.WARM
             self.on_change()
-            await self.compute.call(lambda: warm_up(resident))
+            await self._check(resident)
             if key in self._withdrawn:
                 raise _unplaced(request.layers)
         except BaseException as error:
@@ -223,11 +235,12 @@ class Loader:
             self._withdrawn.discard(key)
         resident.state, resident.progress = LoadState.ACTIVE, 1.0
         log.info("layers %s of %s are active: %d MB of weights", resident.layers, card.name, resident.weight_bytes // 10**6)
-        if not resident.steady:
+        if not resident.steady and is_promised(self.residents.numerics):
             log.warning(
-                "%s on this processor gives a token other last bits alone than in a batch: after a recovery, the rest of an answer "
-                "may differ from that of an undisturbed run",
+                "%s gives a token of these layers other last bits alone than in a batch, although %s promises the same: after a "
+                "recovery, the rest of an answer may differ from that of an undisturbed run",
                 self.backend.name,
+                self.residents.numerics,
             )
         self._retire_covered(resident)
         self.on_change()
@@ -249,8 +262,16 @@ class Loader:
         await self.weights.fill(resident.card, ref, resident.layers, progress)
         progress(1.0)
 
+    async def _check(self, resident: ResidentLayers) -> None:
+        """Run the check of layers that were just loaded, and keep what it measured."""
+        key = LayersKey(
+            model=resident.card.id, layers=resident.layers, numerics=self.residents.numerics, threads=self.backend.threads
+        )
+        if await warm_up(resident, self.compute, self.clock, self.layer_times.find(key)):
+            await asyncio.to_thread(self.layer_times.save, key, LayerTimes.of(resident))
+
     def _read(self, resident: ResidentLayers, progress: Callable[[float], None]) -> None:
-        """Map the model's file and build the weights and the KV pool. Runs on a worker thread."""
+        """Map the model's file and build the weights. Runs on a worker thread."""
         file = self.library.open(resident.card)
         self._files[id(resident)] = file
         layers = resident.layers
@@ -268,7 +289,7 @@ class Loader:
             progress=read,
         )
         resident.weight_bytes = max(resident.weight_bytes, resident.weights.weight_bytes)  # packing can enlarge the weights
-        resident.pool = KVPool(resident.card.spec, layers, resident.kv_tokens // BLOCK_TOKENS, BLOCK_TOKENS)
+        resident.kv = KvShare(self.residents.arena, resident.card.id, resident.card.spec, layers, resident.kv_tokens)
 
     def _check_room(self, new: ResidentLayers) -> None:
         """Check that the memory that `new` reserves is free, or would be without idle layers. Releases nothing.
@@ -357,7 +378,9 @@ class Loader:
     def _release(self, resident: ResidentLayers) -> None:
         if resident in self.residents.entries:
             self.residents.entries.remove(resident)
-        weights, resident.weights, resident.pool = resident.weights, None, None
+        weights, resident.weights, resident.kv = resident.weights, None, None
+        resident.stages.made.clear()
+        resident.stages.border_bytes = 0
         if weights is not None:
             _close_quietly(weights)
         file = self._files.pop(id(resident), None)
@@ -408,11 +431,14 @@ def _close_quietly(weights: LoadedLayers) -> None:
         log.warning("the backend could not free weights: %s", error)
 
 
-def _whole_blocks(tokens: int) -> int:
-    return math.ceil(tokens / BLOCK_TOKENS) * BLOCK_TOKENS
+def _whole_pages(tokens: int) -> int:
+    return math.ceil(tokens / PAGE_TOKENS) * PAGE_TOKENS
 
 
-def _weight_bytes(card: ModelCard, layers: LayerRange) -> int:
-    total = sum(card.held_layer_bytes[layer] for layer in layers)
-    total += card.embedding_bytes if layers.start == 0 else 0
-    return total + (card.held_head_bytes if layers.end == card.spec.layers else 0)
+def _weight_bytes(card: ModelCard, layers: LayerRange, backend: Backend) -> int:
+    """Predict the bytes that layers take, with embedding and head if they are at the ends. Raises: ModelFileError."""
+    table = card.embedding_bytes if layers.start == 0 else 0
+    if card.layer_weights:
+        return table + backend.memory_bytes(card.weights_of(layers))
+    head = card.head_bytes if layers.end == card.spec.layers else 0
+    return table + sum(card.layer_bytes[layers.start : layers.end]) + head

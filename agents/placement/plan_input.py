@@ -17,6 +17,8 @@ USUAL_CONTEXT = 16_384
 """Largest context, in tokens, to reserve KV for, unless a request asks for more."""
 LEAST_CONTEXT = 512
 """Smallest context, in tokens, to reserve KV for. A placement that has no memory for it does not fit."""
+ONE_NUMERICS_CONTEXT = 2048
+"""Smallest context, in tokens, for which a placement on one numerics is preferred to a larger one over several. Most chats fit."""
 CONTEXTS_OF_KV = 4
 """How many whole contexts a placement reserves KV for, if there is enough memory."""
 

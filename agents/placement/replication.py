@@ -8,7 +8,7 @@ House rules of this file: no I/O, no clock. Equal adverts give equal requests. O
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, product
 
 import msgspec
 
@@ -16,10 +16,12 @@ from meshd.agents.placement.history import HELD, ServedLayers, holdings_of, laye
 from meshd.agents.placement.plan_input import CONTEXTS_OF_KV, LEAST_CONTEXT, plan_input_of, repair_input
 from meshd.agents.service import MeshOptions
 from meshd.errors import DoesNotFit, MeshdError, NoPeer
+from meshd.numerics import NumericsId
 from meshd.planner.eligible import exclusions
 from meshd.planner.model.memory import allowed_bytes, stage_memory
 from meshd.planner.network import Network
 from meshd.planner.problem import PlanInput
+from meshd.planner.profile import profiles_from_adverts
 from meshd.planner.search.repair import repair_within
 from meshd.planner.search.solve import Solution, solve
 from meshd.types import Advert, Holding, LayerRange, ModelCard, ModelId, PeerId, StagePlan, ranges_of
@@ -163,31 +165,41 @@ class _Policy:
                 self._place(card, runs, entry)
 
     def _place(self, card: ModelCard, runs: tuple[LayerRange, ...], lost: ServedLayers) -> None:
-        """Request that peers load lost layers, preferably peers that have no other layers of the model.
+        """Request that peers load lost layers: peers with the numerics of those that serve the model if there is any choice, then
+        preferably peers that have no other layers of the model.
 
         A route uses only one run of layers of each peer. If KV for a whole context does not fit on the preferred peers, any peer
         may be chosen.
         """
         serving = {peer for peer, _ in holdings_of(self._staying(), card.id)}
         whole_context = max(LEAST_CONTEXT, lost.kv_tokens // CONTEXTS_OF_KV)
-        try:
-            stages, kv_tokens = self._choose_stages(card, runs, lost.kv_tokens, whole_context, avoid=serving)
-        except (DoesNotFit, NoPeer):
+        why = ""
+        for one_numerics, (least_tokens, avoid) in product(
+            (True, False), ((whole_context, serving), (LEAST_CONTEXT, set[PeerId]()))
+        ):
             try:
-                stages, kv_tokens = self._choose_stages(card, runs, lost.kv_tokens, LEAST_CONTEXT)
+                stages, kv_tokens = self._choose_stages(card, runs, lost.kv_tokens, least_tokens, avoid, one_numerics)
             except (DoesNotFit, NoPeer) as error:
-                self._missing.append(f"{card.name} has lost layers {', '.join(map(str, runs))}: {error.message}")
-                return
-        for stage in stages:
-            self._request(LoadRequest(stage.peer, card.id, stage.layers, kv_tokens, pinned=lost.pinned))
+                why = error.message
+                continue
+            for stage in stages:
+                self._request(LoadRequest(stage.peer, card.id, stage.layers, kv_tokens, pinned=lost.pinned))
+            return
+        self._missing.append(f"{card.name} has lost layers {', '.join(map(str, runs))}: {why}")
 
     def _choose_stages(
-        self, card: ModelCard, runs: tuple[LayerRange, ...], kv_tokens: int, least_tokens: int, avoid: Collection[PeerId] = ()
+        self,
+        card: ModelCard,
+        runs: tuple[LayerRange, ...],
+        kv_tokens: int,
+        least_tokens: int,
+        avoid: Collection[PeerId],
+        one_numerics: bool,
     ) -> tuple[tuple[StagePlan, ...], int]:
         """Choose peers for missing layers. Returns: stages, and how many tokens to reserve KV for. Raises: DoesNotFit, NoPeer."""
         unfit = {peer for peer, model in self._cluster.refused if model == card.id} | set(self._cluster.suspects) | set(avoid)
         problem = repair_input(card, list(self._adverts.values()), avoid=unfit)
-        return repair_within(problem, runs, kv_tokens=kv_tokens, least_tokens=least_tokens)
+        return repair_within(problem, runs, kv_tokens=kv_tokens, least_tokens=least_tokens, one_numerics=one_numerics)
 
     def _copy(self, card: ModelCard) -> None:
         """Request standby copies of stages that too few peers have. A copy is of a whole stage, so that one peer can take over."""
@@ -214,8 +226,10 @@ class _Policy:
     def _copy_target(self, card: ModelCard, layers: LayerRange, kv_tokens: int) -> PeerId | None:
         """Choose the peer with the most free memory for a standby copy. Returns: None if no peer has enough.
 
-        Peers that serve no other stage of the model come first: one lost peer should not take both a stage and another's copy.
+        Peers with the numerics of those that serve the layers come first: elsewhere an answer may continue with other tokens. Then
+        come peers that serve no other stage of the model: one lost peer should not take both a stage and another's copy.
         """
+        own = self._numerics_of(card, layers)
         excluded = exclusions(plan_input_of(card, list(self._adverts.values()), MeshOptions(), context=kv_tokens))
         fitting = []
         for advert in self._staying():
@@ -226,10 +240,20 @@ class _Policy:
             if any(layers.overlaps(holding.layers) for holding in holdings):
                 continue
             free = advert.capability.memory_free_bytes
-            stays = free - _needed_bytes(card, peer, layers, kv_tokens)
+            stays = free - _needed_bytes(card, advert, layers, kv_tokens)
             if stays >= _STAYS_FREE * (free + _reserved_bytes(advert, self._cluster.cards)):
-                fitting.append((any(not holding.standby for holding in holdings), -free, peer))
-        return min(fitting)[2] if fitting else None
+                serves = any(not holding.standby for holding in holdings)
+                fitting.append((advert.capability.numerics not in own, serves, -free, peer))
+        return min(fitting)[-1] if fitting else None
+
+    def _numerics_of(self, card: ModelCard, layers: LayerRange) -> set[NumericsId]:
+        """Return the ids of the peers that serve these layers."""
+        return {
+            advert.capability.numerics
+            for advert in self._staying()
+            for holding in advert.holdings
+            if holding.model == card.id and holding.state == "active" and not holding.standby and layers in holding.layers
+        }
 
     def _request(self, request: LoadRequest) -> None:
         self._requests.append(request)
@@ -256,7 +280,7 @@ def apply_request(advert: Advert, request: LoadRequest, card: ModelCard) -> Adve
             )
             holdings = (*advert.holdings[:place], updated, *advert.holdings[place + 1 :])
             return msgspec.structs.replace(advert, holdings=holdings)
-    needed = _needed_bytes(card, request.peer, request.layers, request.kv_tokens)
+    needed = _needed_bytes(card, advert, request.layers, request.kv_tokens)
     free = max(0, advert.capability.memory_free_bytes - needed)
     new = Holding(
         model=request.model,
@@ -272,9 +296,11 @@ def apply_request(advert: Advert, request: LoadRequest, card: ModelCard) -> Adve
     return msgspec.structs.replace(advert, capability=capability, holdings=(*advert.holdings, new))
 
 
-def _needed_bytes(card: ModelCard, peer: PeerId, layers: LayerRange, kv_tokens: int) -> int:
-    problem = PlanInput(card=card, profiles=(), network=Network({}), context=kv_tokens)
-    return stage_memory(problem, StagePlan(peer=peer, layers=layers)).total_bytes
+def _needed_bytes(card: ModelCard, advert: Advert, layers: LayerRange, kv_tokens: int) -> int:
+    """Predict the memory that layers would take on the peer of an advert."""
+    profiles = profiles_from_adverts([advert], card.id)
+    problem = PlanInput(card=card, profiles=profiles, network=Network({}), context=kv_tokens)
+    return stage_memory(problem, StagePlan(peer=advert.peer, layers=layers)).total_bytes
 
 
 def _reserved_bytes(advert: Advert, cards: Mapping[ModelId, ModelCard]) -> int:

@@ -1,13 +1,17 @@
-"""The layers that this peer has in memory, with their KV pools and measured times, and the events of their changes."""
+"""The layers that this peer has in memory, with their shares of KV and measured times, and the events of their changes."""
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 
 from meshd.agents.observe.events import HoldingChanged, LoadProgress
 from meshd.agents.observe.stream import EventStream
-from meshd.kernels.backend import LoadedLayers
-from meshd.kernels.kv import KVPool
+from meshd.errors import NoPeer
+from meshd.kernels.backend import LoadedLayers, Stage
+from meshd.kernels.kv.arena import KvArena
+from meshd.kernels.kv.share import KvShare, leased_outside
+from meshd.numerics import UNKNOWN, NumericsId
 from meshd.types import Holding, LayerRange, ModelCard, ModelId
 
 _STEP = 0.02
@@ -28,6 +32,34 @@ class LoadState(Enum):
 
 
 @dataclass(slots=True)
+class StageTable:
+    """The stages over some resident layers, which sessions share, and the memory that they take beside the layers."""
+
+    made: dict[LayerRange, Stage] = field(default_factory=dict)
+    users: Counter[LayerRange] = field(default_factory=Counter)
+    """Number of sessions that use a stage, or wait for it."""
+    border_bytes: int = 0
+    """Bytes of weights that only the stages in `made` need."""
+    reading_bytes: int = 0
+    """Bytes of further weights that are being read."""
+
+    def enter(self, layers: LayerRange) -> None:
+        """Add a user of the stage over `layers`."""
+        self.users[layers] += 1
+
+    def leave(self, layers: LayerRange) -> None:
+        """Remove a user of the stage over `layers`."""
+        self.users[layers] -= 1
+        if not self.users[layers]:
+            del self.users[layers]
+
+    @property
+    def unused(self) -> list[LayerRange]:
+        """The layers of stages that no session uses."""
+        return [layers for layers in self.made if not self.users[layers]]
+
+
+@dataclass(slots=True)
 class ResidentLayers:
     """One contiguous run of layers in memory."""
 
@@ -39,7 +71,9 @@ class ResidentLayers:
     state: LoadState = LoadState.LOADING
     progress: float = 0.0
     weights: LoadedLayers | None = None
-    pool: KVPool | None = None
+    kv: KvShare | None = None
+    """None until the weights are read."""
+    stages: StageTable = field(default_factory=StageTable)
     has_room: bool = True
     """Whether the memory for these layers was made free. False while their weights are fetched: nothing was released yet."""
     sessions: int = 0
@@ -50,7 +84,7 @@ class ResidentLayers:
     restored: bool = False
     """Whether this peer loaded these layers unasked after a restart, and no PLACE has asked for them since."""
     layer_decode_s: float | None = None
-    """Measured by the check step, like the four below. Real steps correct them for the whole peer (`stage/learning.py`)."""
+    """Measured by the check step, like the four below. Real steps correct them for the whole peer (`stage/batch/learning.py`)."""
     layer_prefill_s: float | None = None
     head_s: float | None = None
     attention_token_s: float | None = None
@@ -60,13 +94,14 @@ class ResidentLayers:
 
     @property
     def reserved_bytes(self) -> int:
-        """Bytes of weights and KV, including KV blocks that are not used yet."""
-        return self.weight_bytes + self.kv_tokens * self.card.kv_bytes_per_token_layer() * len(self.layers)
+        """Bytes of weights, of stages over parts of the layers, and of KV, including KV that is not used yet."""
+        kv_bytes = self.kv_tokens * self.card.kv_bytes_per_token_layer() * len(self.layers)
+        return self.weight_bytes + self.stages.border_bytes + self.stages.reading_bytes + kv_bytes
 
     @property
     def in_use(self) -> bool:
-        """Whether a session uses these layers or has KV in their pool."""
-        return self.sessions > 0 or (self.pool is not None and self.pool.blocks_free < self.pool.blocks)
+        """Whether a session uses these layers or has KV on their share."""
+        return self.sessions > 0 or (self.kv is not None and bool(self.kv.leases))
 
     @property
     def gives_way(self) -> bool:
@@ -74,16 +109,19 @@ class ResidentLayers:
         return self.standby and self.state is LoadState.ACTIVE and not self.in_use
 
     @property
-    def untouched_bytes(self) -> int:
-        """Bytes that are reserved but not yet allocated: KV blocks never written to; everything until there is a pool.
+    def idle_stage_bytes(self) -> int:
+        """Bytes of weights that only stages need which no session uses."""
+        if self.weights is None or not self.stages.border_bytes:
+            return 0
+        return self.stages.border_bytes - self.weights.border_bytes(set(self.stages.made).difference(self.stages.unused))
 
-        A block that a session has freed is allocated: the system does not get its memory back.
-        """
-        return self.reserved_bytes if self.pool is None else self.pool.bytes_untouched
+    @property
+    def kv_tokens_free(self) -> int:
+        """Tokens that one more session can have KV for; 0 until the weights are read."""
+        return self.kv.tokens_free if self.kv is not None else 0
 
     def holding(self) -> Holding:
         """Describe these layers for the advert."""
-        free = self.pool.blocks_free * self.pool.block_tokens if self.pool is not None else 0
         return Holding(
             model=self.card.id,
             layers=self.layers,
@@ -91,7 +129,7 @@ class ResidentLayers:
             progress=self.progress,
             weight_bytes=self.weight_bytes,
             kv_tokens_total=self.kv_tokens,
-            kv_tokens_free=free,
+            kv_tokens_free=self.kv_tokens_free,
             layer_decode_s=self.layer_decode_s,
             layer_prefill_s=self.layer_prefill_s,
             head_s=self.head_s,
@@ -105,9 +143,15 @@ class ResidentLayers:
 
 @dataclass(slots=True)
 class ResidentModels:
-    """All resident layers of this peer. Only the loader adds and removes entries; the stage host finds them and counts sessions."""
+    """All resident layers of this peer, and the arena with the KV of all sessions.
 
+    Only the loader adds and removes entries; the stage host finds them and counts sessions.
+    """
+
+    arena: KvArena
     entries: list[ResidentLayers] = field(default_factory=list)
+    numerics: NumericsId = UNKNOWN
+    """How this peer computes all of them."""
 
     def __iter__(self) -> Iterator[ResidentLayers]:
         return iter(self.entries)
@@ -119,19 +163,40 @@ class ResidentModels:
             for resident in self.entries
             if resident.card.id == model and layers in resident.layers and resident.state is LoadState.ACTIVE
         ]
-        return max(fitting, key=lambda resident: resident.pool.blocks_free if resident.pool is not None else 0, default=None)
+        return max(fitting, key=lambda resident: resident.kv_tokens_free, default=None)
+
+    def check_numerics(self, expected: NumericsId) -> None:
+        """Check that this peer computes as a plan or a placement expects. Raises: NoPeer if not: its sender's data are stale."""
+        if expected and expected != self.numerics:
+            raise NoPeer(f"this peer computes with the numerics {self.numerics or 'unknown'}, not {expected}")
 
     def of(self, model: ModelId) -> list[ResidentLayers]:
         return [resident for resident in self.entries if resident.card.id == model]
 
     @property
     def reserved_bytes(self) -> int:
-        return sum(resident.reserved_bytes for resident in self.entries if resident.state is not LoadState.FAILED)
+        """Bytes of all entries, and of KV that belongs to no layers on this peer."""
+        entries = sum(resident.reserved_bytes for resident in self.entries if resident.state is not LoadState.FAILED)
+        return entries + self._outside_bytes
+
+    @property
+    def idle_stage_bytes(self) -> int:
+        """Bytes of weights that only stages need which no session uses: they are freed when memory is short."""
+        return sum(resident.idle_stage_bytes for resident in self.entries)
 
     @property
     def untouched_bytes(self) -> int:
         """Bytes that are reserved but not yet allocated from the system."""
-        return sum(resident.untouched_bytes for resident in self.entries)
+        unread = sum(resident.reserved_bytes if resident.kv is None else resident.stages.reading_bytes for resident in self.entries)
+        return unread + sum(share.bytes for share in self._shares) + self._outside_bytes - self.arena.used_bytes
+
+    @property
+    def _shares(self) -> list[KvShare]:
+        return [resident.kv for resident in self.entries if resident.kv is not None]
+
+    @property
+    def _outside_bytes(self) -> int:
+        return leased_outside(self.arena, self._shares)
 
 
 @dataclass(slots=True)

@@ -19,15 +19,16 @@ from meshd.agents.service import NO_SECRET, AnswerSecret, Finished, TextDelta
 from meshd.agents.session import events as fsm
 from meshd.agents.session.journal.record import SessionRecord, followed_by
 from meshd.agents.session.output import AnswerOutput
-from meshd.agents.session.plan.resume import method_of
-from meshd.agents.session.recovery_history import Recovered, RecoveryHistory
+from meshd.agents.session.plan.resume import changed_numerics, method_of
+from meshd.agents.session.recovery_history import NEAR_TIE, Recovered, RecoveryHistory
 from meshd.agents.session.session import RUNNING, TERMINAL, Session, SessionState
 from meshd.agents.session.stages.client import StageClient, at_fault, is_refusal
 from meshd.agents.session.tasks import AnswerTasks
 from meshd.agents.text.model_texts import ModelText
 from meshd.clock import Clock
 from meshd.errors import Cancelled, MeshdError, Unavailable
-from meshd.protocol.messages import Token
+from meshd.numerics import show_numerics
+from meshd.protocol.messages import Tokens
 from meshd.types import FinishReason, ModelCard, PeerId, Plan, SessionId, TokenLogprobs
 
 _PROMPT_END_TOKENS = 16
@@ -51,6 +52,8 @@ class AnswerContext:
     on_token: Callable[["Answer", int, int, TokenLogprobs | None], None]
     on_recovered: Callable[["Answer", Recovered], None]
     """Called at the first token after a change of plan."""
+    on_superseded: Callable[["Answer", PeerId], None]
+    """Called when the answer, which has no readers here, turned out to have another coordinator. The callee must hand it over."""
     on_end: Callable[["Answer"], None]
     """Called when the answer has ended or is suspended."""
 
@@ -133,6 +136,10 @@ class Answer:
         return header_of(self.plan, self.context.names) if self.plan else ""
 
     @property
+    def numerics_header(self) -> str:
+        return show_numerics(self.plan.numerics) if self.plan else ""
+
+    @property
     def running(self) -> bool:
         return self.machine.running
 
@@ -201,7 +208,7 @@ class Answer:
         """Keep the stages from making answer token `index` and later ones until the plan has changed. None: lift the hold."""
         if self.plan is not None and self.machine.state is SessionState.DECODING:
             credit = self.machine.credit if index is None else min(index, self.machine.credit)
-            self.stages.grant(self.machine.epoch, self.plan.stages[0].peer, credit, hold=index is not None)
+            self.stages.grant(self.machine.epoch, self.plan, len(self.machine.tokens), credit)
 
     def resume(self) -> None:
         """Continue a suspended answer."""
@@ -249,10 +256,13 @@ class Answer:
         """Renew the leases at all peers that may hold memory of this session, if they are due."""
         self.stages.renew(self.machine.holders, self.machine.epoch, now)
 
-    def token_arrived(self, message: Token) -> None:
-        """Take a token from the last stage."""
-        finish = FinishReason(message.finish) if message.final else None
-        self._apply(fsm.TokenArrived(message.epoch, message.index, message.token, message.logprobs, finish))
+    def tokens_arrived(self, message: Tokens) -> None:
+        """Take the tokens of one step from the last stage."""
+        newest = len(message.tokens) - 1
+        for place, token in enumerate(message.tokens):
+            logprobs = message.logprobs[place] if message.logprobs else None
+            finish = FinishReason(message.finish) if message.finish and place == newest else None
+            self._apply(fsm.TokenArrived(message.epoch, message.index + place, token, logprobs, finish))
 
     def stage_failed(self, epoch: int, stage: int, error: MeshdError, blame: PeerId | None) -> None:
         """Recover the answer, because a stage cannot continue. `blame`: the peer at fault, if it is known."""
@@ -312,10 +322,12 @@ class Answer:
             case fsm.Replan():
                 self.recovery.begins("loss", command.reason)
                 self.output.touch()
-                self._note("lost", reason=command.reason, tokens=len(self.output.tokens))
+                self._note(
+                    "lost", reason=command.reason, tokens=len(self.output.tokens), blame=sorted(command.lost | command.avoid)
+                )
                 self.context.on_replan(self, command)
-            case fsm.GrantCredit(epoch, peer, index):
-                self.stages.grant(epoch, peer, index)
+            case fsm.GrantCredit(epoch, plan, credit):
+                self.stages.grant(epoch, plan, len(self.machine.tokens), credit)
             case fsm.CloseStages():
                 self.stages.close(command)
             case fsm.EmitSuspended(error):
@@ -328,7 +340,12 @@ class Answer:
     def _open_stages(self, command: fsm.OpenStages) -> None:
         self.progress_at = self.context.clock.monotonic()
         self.output.touch()
-        self._note("planned", epoch=command.epoch, plan=self.plan_header, tokens=command.answered)
+        numerics, changed = self.numerics_header, changed_numerics(self.machine.kv_plan, command.plan)
+        self._note("planned", epoch=command.epoch, plan=self.plan_header, tokens=command.answered, numerics=numerics)
+        self.recovery.other_numerics = changed
+        if changed:
+            layers = ",".join(map(str, changed))
+            self._note("numerics change", epoch=command.epoch, layers=layers, effect=NEAR_TIE)
         self.context.events.publish(
             PlanChosen(
                 session=self.session,
@@ -337,6 +354,7 @@ class Answer:
                 predicted_ttft_s=self.predicted_ttft_s,
                 predicted_tpot_s=self.predicted_tpot_s,
                 reason=self.recovery.reason,
+                numerics=numerics,
             )
         )
         for stage in range(len(command.plan.stages)):
@@ -385,6 +403,7 @@ class Answer:
                     cause=recovered.cause,
                     reason=recovered.reason,
                     pause_s=recovered.pause_s,
+                    other_numerics=recovered.other_numerics,
                 )
             )
         self.progress_at = now

@@ -39,8 +39,8 @@ from meshd.agents.text.intake import PromptIntake
 from meshd.agents.text.model_texts import ModelText
 from meshd.clock import Clock
 from meshd.errors import MeshdError, Overloaded, PeerFault, Unavailable, UnknownModel, UnknownSession
-from meshd.kernels.sampling_rules import check_sampling
-from meshd.protocol.messages import Error, HandOver, Move, Moved, Token
+from meshd.kernels.sampling.rules import check_sampling
+from meshd.protocol.messages import Ack, Error, HandOver, Move, Moved, Tokens
 from meshd.telemetry import Telemetry
 from meshd.types import ModelCard, ModelId, PeerId, SessionId, TokenLogprobs
 
@@ -90,6 +90,7 @@ class Coordinator:
     _admitted: dict[SessionId, float] = field(default_factory=dict)
     """Time at which each running answer got its admission slot."""
     _takeovers: Takeovers = field(init=False)
+    _hand_overs: set["asyncio.Task[None]"] = field(default_factory=set)
     _prompts: PromptIntake = field(default_factory=PromptIntake)
     _available: Availability = field(init=False)
     _watch: StallWatch = field(init=False)
@@ -114,11 +115,12 @@ class Coordinator:
             on_opened=self._on_opened,
             on_token=self._on_new_token,
             on_recovered=self._on_recovered,
+            on_superseded=self._on_superseded,
             on_end=self._on_end,
         )
 
     def register(self) -> None:
-        """Register the handlers of FAILED, CLOSED, MIRRORED and MOVE. `meshd.peer.peer` calls `on_token` and `on_error`."""
+        """Register the handlers of FAILED, CLOSED, MIRRORED and MOVE. `meshd.peer.peer` calls the other `on_`s."""
         self._receiver.register(self.links)
         self.links.register(Move, self._on_move)
 
@@ -137,8 +139,10 @@ class Coordinator:
                 await self._check_plans()
 
     async def close(self) -> None:
-        """Cancel the running answers, and the tasks that would continue sessions of other peers."""
+        """Cancel the running answers, and the tasks that continue sessions of other peers or hand sessions over to them."""
         self._takeovers.cancel()
+        for task in self._hand_overs:
+            task.cancel()
         for answer in list(self.answers.values()):
             await answer.cancel()
 
@@ -384,9 +388,13 @@ class Coordinator:
             raise UnknownSession(f"session {message.session} is not coordinated here")
         return await self._move(message.request, answer, message.target, message.source)
 
-    def on_token(self, sender: PeerId, message: Token, payload: memoryview) -> None:
-        """Take a TOKEN from a stage."""
-        self._receiver.on_token(sender, message)
+    def on_tokens(self, sender: PeerId, message: Tokens, payload: memoryview) -> None:
+        """Take TOKENS from a stage."""
+        self._receiver.on_tokens(sender, message)
+
+    def on_ack(self, sender: PeerId, message: Ack) -> None:
+        """Take an ACK from a first stage."""
+        self._receiver.on_ack(sender, message)
 
     def on_error(self, sender: PeerId, message: Error) -> None:
         """Take an ERROR from a stage's peer."""
@@ -411,6 +419,12 @@ class Coordinator:
         self.telemetry.recovery(recovered.method, recovered.cause, recovered.pause_s)
         pause_ms = 1000 * recovered.pause_s
         log.info("session %s continues (%s) after %.0f ms: %s", answer.session, recovered.method, pause_ms, recovered.reason)
+
+    def _on_superseded(self, answer: Answer, coordinator: PeerId) -> None:
+        work = self.hand_over(answer.session, coordinator)  # in a task of its own: the answer's tasks are cancelled with it
+        task = asyncio.get_running_loop().create_task(work, name=f"hand over {answer.session}")
+        self._hand_overs.add(task)
+        task.add_done_callback(self._hand_overs.discard)
 
     def _on_end(self, answer: Answer) -> None:
         since = self._admitted.pop(answer.session, None)

@@ -172,9 +172,11 @@ class EmitToken:
 
 @dataclass(frozen=True, slots=True)
 class GrantCredit:
+    """Acknowledge the tokens that have arrived to the first and the last stage, and let them make those before index `credit`."""
+
     epoch: int
-    peer: PeerId
-    index: int
+    plan: Plan
+    credit: int
 
 
 @dataclass(frozen=True, slots=True)

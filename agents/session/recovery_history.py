@@ -3,9 +3,11 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from meshd.types import PeerId
+from meshd.types import LayerRange, PeerId
 
 _DISTRUST_S = 30.0
+NEAR_TIE = "a near-tie between two tokens may be decided otherwise than before"
+"""What a change of numerics means for an answer."""
 Cause = Literal["loss", "move", "resume"]
 """Why an answer's plan changes: something failed, it runs better or must run elsewhere, or a suspended answer runs again."""
 
@@ -21,6 +23,8 @@ class Recovered:
     reason: str
     pause_s: float
     """Seconds from the last token before the change to the first one after it."""
+    other_numerics: str = ""
+    """Layers, such as `4-8`, that are computed with other numerics since the change: a near-tie may be decided otherwise."""
 
 
 @dataclass(slots=True)
@@ -33,10 +37,12 @@ class RecoveryHistory:
     cause: Cause = "loss"
     reason: str = ""
     """Why the plan is changing now, or why it last changed."""
+    other_numerics: tuple[LayerRange, ...] = ()
+    """Layers that the plan which is opened now computes with other numerics than the plan before."""
     _distrusted: dict[PeerId, float] = field(default_factory=dict)
     """Peer at fault in this session -> time until which the session's plans avoid it."""
-    _pending: tuple[int, str, Cause, str] | None = None
-    """(epoch, method, cause, reason) of a change of plan after which no token has arrived yet."""
+    _pending: tuple[int, str, Cause, str, str] | None = None
+    """A change of plan after which no token has arrived yet: `Recovered` without the pause."""
 
     def begins(self, cause: Cause, reason: str) -> None:
         """Record why the plan changes from now on."""
@@ -57,7 +63,7 @@ class RecoveryHistory:
     def changed(self, epoch: int, method: str) -> None:
         """Record that the stages of a new plan resume. The next token ends the pause."""
         self.mirrors.clear()  # all mirrors are copies of the old plan's stages
-        self._pending = (epoch, method, self.cause, self.reason)
+        self._pending = (epoch, method, self.cause, self.reason, ",".join(map(str, self.other_numerics)))
 
     def first_token(self, pause_s: float) -> Recovered | None:
         """Complete the pending change of plan, if any, because a token arrived `pause_s` seconds after the token before it.
@@ -66,8 +72,8 @@ class RecoveryHistory:
         """
         if self._pending is None:
             return None
-        epoch, method, cause, reason = self._pending
+        epoch, method, cause, reason, other_numerics = self._pending
         self._pending = None
-        recovered = Recovered(epoch, method, cause, reason, pause_s)
+        recovered = Recovered(epoch, method, cause, reason, pause_s, other_numerics)
         self.recoveries.append(recovered)
         return recovered

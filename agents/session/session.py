@@ -89,6 +89,9 @@ class Session(Machine[Event, Command]):
     """Stages that are open in this epoch, and what each still had of the session."""
     tokens: list[int] = field(default_factory=list)
     credit: int = CREDIT_TOKENS
+    """Answer tokens before this index may be made."""
+    opened_credit: int = 0
+    """The credit that the present epoch's OPEN carries."""
     holders: set[PeerId] = field(default_factory=set)
     """Peers that may hold memory of this session: they are sent RENEW, and CLOSE at the end."""
     joined: set[PeerId] = field(default_factory=set)
@@ -168,6 +171,8 @@ class Session(Machine[Event, Command]):
             raise AssertionError(f"more than {MAX_ATTEMPTS} changes of plan without a token")
         if self.state not in RUNNING and self.holders:
             raise AssertionError("peers hold memory of a session that does not run")
+        if self.state is SessionState.RECOVERING and not self.begun and self.holders:
+            raise AssertionError("peers hold memory of a session that waits for its first plan")
 
     def title(self) -> str:
         return f"session {self.id}"
@@ -219,7 +224,7 @@ def _planned(session: Session, event: Planned) -> list[Command]:
     session.plan = event.plan
     session.epoch += 1
     session.credit = max(session.credit, len(session.tokens) + 1)  # resumed stages sample one token even without credit
-    session.opened = {}
+    session.opened, session.opened_credit = {}, session.credit
     session.joined = set(event.plan.peers) - session.holders
     session.holders.update(event.plan.peers)
     session.state = SessionState.OPENING
@@ -239,13 +244,17 @@ def _stage_opened(session: Session, event: StageOpened) -> list[Command]:
     if len(session.opened) < len(plan.stages):
         return []
     session.state, session.kv_plan = SessionState.PREFILLING, plan
+    commands: list[Command] = []
+    if session.credit > session.opened_credit:
+        commands.append(GrantCredit(session.epoch, plan, session.credit))
     if session.epoch == 1:
-        return [SendPrompt(session.epoch, plan, 0)]
+        return [*commands, SendPrompt(session.epoch, plan, 0)]
     held = tuple(session.opened[stage] for stage in range(len(plan.stages)))
     points = resume_points(held, session.known)
     dropped = tuple(sorted(session.holders.difference(plan.peers)))
     session.holders.difference_update(dropped)
-    commands: list[Command] = [CloseStages(session.epoch - 1, dropped, "not in the new plan")] if dropped else []
+    if dropped:
+        commands.append(CloseStages(session.epoch - 1, dropped, "not in the new plan"))
     return [
         *commands,
         ResumeStages(session.epoch, plan, held, points),
@@ -284,9 +293,9 @@ def _tokens_read(session: Session, event: TokensRead) -> list[Command]:
     if wanted - session.credit < CREDIT_TOKENS // 2:
         return []  # credit is extended by half a window at a time, not with a message per token
     session.credit = wanted
-    if session.plan is None or session.state is SessionState.RECOVERING:
-        return []  # the next plan's OPEN carries the credit
-    return [GrantCredit(session.epoch, session.plan.stages[0].peer, wanted)]
+    if session.plan is None or session.state in (SessionState.OPENING, SessionState.RECOVERING):
+        return []  # a stage that is not open would drop it: OPEN carries it, or it is sent when all stages are open
+    return [GrantCredit(session.epoch, session.plan, wanted)]
 
 
 def _stop_matched(session: Session, event: StopMatched) -> list[Command]:

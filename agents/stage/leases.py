@@ -8,6 +8,7 @@ from meshd.agents.links.links import Links
 from meshd.agents.links.rpc import try_send
 from meshd.agents.observe.story import Story
 from meshd.agents.stage.kv import KvManager, SessionKv
+from meshd.agents.stage.preparing import PreparingStages
 from meshd.agents.stage.runner import StageRunner
 from meshd.clock import Clock
 from meshd.errors import PeerLost, Superseded
@@ -30,6 +31,7 @@ class SessionLeases:
     story: Story
     kv_manager: KvManager
     runner: StageRunner
+    preparing: PreparingStages
     may_coordinate: Callable[[PeerId, SessionId], bool]
     """See `StageHost.may_coordinate`."""
     on_change: Callable[[], None]
@@ -71,6 +73,7 @@ class SessionLeases:
             return None
         self.check_coordinator(session_kv, coordinator, epoch)
         self.runner.end_before(session, epoch, "a new epoch")
+        self.preparing.end_before(session, epoch, "a new epoch")
         if session_kv.coordinator not in (coordinator, *predecessors):
             log.warning("session %s: KV from %.8s, which never was its coordinator, is freed", session, session_kv.coordinator)
             self.kv_manager.drop_where(session_kv, lambda cache: True)
@@ -103,7 +106,7 @@ class SessionLeases:
     def on_close(self, sender: PeerId, message: Close, payload: memoryview) -> None:
         """Free the session's caches of epochs up to the closed one, or with `undo` of that one only.
 
-        The answer contains the number of freed blocks.
+        The answer contains the number of freed pages.
         """
         session_kv = self.kv_manager.get(message.session)
         freed = 0
@@ -129,9 +132,10 @@ class SessionLeases:
     def _free(self, session_kv: SessionKv, epoch: int, reason: str, *, only_epoch: bool = False) -> int:
         """End the session's stages of epochs up to `epoch`, and free its caches of these epochs, or of `epoch` only.
 
-        Returns: the number of blocks that are free now, or will be when the running step ends.
+        Returns: the number of pages that are free now, or will be when the running step ends.
         """
         self.runner.end_before(session_kv.session, epoch + 1, reason)
+        self.preparing.end_before(session_kv.session, epoch + 1, reason)
         freed = self.kv_manager.drop_where(session_kv, lambda cache: cache.epoch == epoch if only_epoch else cache.epoch <= epoch)
         self.on_change()
         return freed

@@ -4,44 +4,44 @@ from bisect import bisect_left, bisect_right
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
-import numpy as np
-import numpy.typing as npt
-
 from meshd.errors import LocalFault
 
-F32 = npt.NDArray[np.float32]
-
 _PART_BYTES = 160
-"""Bytes that an array takes in addition to its values."""
+"""Bytes that a part takes in addition to its rows."""
 _TRIM_SHARE = 8
 """A log that alone exceeds the budget is trimmed until 1/8 of the budget is free, so that not every step has to trim."""
 
 
 @dataclass(slots=True, eq=False)
 class OutputLog:
-    """One session's outputs of one stage for positions `[kept_from, kept_to)`, as the arrays that the steps computed."""
+    """One session's outputs of one stage for positions `[kept_from, kept_to)`, encoded as they were sent."""
 
+    dtype: str
+    """How they are encoded. An epoch whose plan has another wire dtype does not use the log."""
     kept_to: int = 0
+    row_bytes: int = 0
+    """Bytes of one position's output. 0: nothing was kept yet."""
     pinned: bool = False
     """Whether eviction skips this log, because OPENED offered its outputs and they may still have to be sent."""
     starts: list[int] = field(default_factory=list)
-    """Position of the first row of each array in `parts`."""
-    parts: list[F32] = field(default_factory=list)
+    """Position of the first row of each part."""
+    parts: list[memoryview] = field(default_factory=list)
+    """What each step put out."""
 
     @property
     def kept_from(self) -> int:
         return self.starts[0] if self.starts else self.kept_to
 
-    def rows(self, start: int, end: int) -> F32:
-        """Return the outputs of positions `[start, end)` as `[tokens, hidden]`. Raises: LocalFault if some are not kept."""
+    def rows(self, start: int, end: int) -> memoryview:
+        """Return the outputs of positions `[start, end)`. Raises: LocalFault if some are not kept."""
         if not self.kept_from <= start < end <= self.kept_to:
             raise LocalFault(f"outputs {self.kept_from} to {self.kept_to} are kept, not those from {start} to {end}")
         first = bisect_right(self.starts, start) - 1
-        chosen: list[F32] = []
+        chosen: list[memoryview] = []
         for index in range(first, bisect_left(self.starts, end)):
             offset = self.starts[index]
-            chosen.append(self.parts[index][max(0, start - offset) : end - offset])
-        return chosen[0] if len(chosen) == 1 else np.concatenate(chosen)
+            chosen.append(self.parts[index][max(0, start - offset) * self.row_bytes : (end - offset) * self.row_bytes])
+        return chosen[0] if len(chosen) == 1 else memoryview(b"".join(chosen))
 
 
 @dataclass(slots=True)
@@ -52,24 +52,25 @@ class Outputs:
     used_bytes: int = 0
     _logs: "OrderedDict[int, OutputLog]" = field(default_factory=OrderedDict)
 
-    def open(self) -> OutputLog:
-        """Add an empty log."""
-        log = OutputLog()
+    def open(self, dtype: str) -> OutputLog:
+        """Add an empty log for outputs encoded in `dtype`."""
+        log = OutputLog(dtype)
         self._logs[id(log)] = log
         return log
 
-    def append(self, log: OutputLog, position: int, hidden: F32) -> None:
-        """Append a step's outputs `[tokens, hidden]`. If `position` is not the log's end, the log is cleared first.
+    def append(self, log: OutputLog, position: int, tokens: int, payload: memoryview) -> None:
+        """Append the outputs of `tokens` tokens, in place of those from `position` on. A log that ends before is cleared.
 
-        The array is not copied, so it must not change afterwards.
+        The payload is not copied, so it must not change afterwards.
         """
+        self.cut(log, position)
         if position != log.kept_to:
             self._clear(log)
             log.kept_to = position
         log.starts.append(position)
-        log.parts.append(hidden)
-        log.kept_to = position + len(hidden)
-        self.used_bytes += _size(hidden)
+        log.parts.append(payload)
+        log.kept_to, log.row_bytes = position + tokens, payload.nbytes // tokens
+        self.used_bytes += _size(payload)
         self._logs.move_to_end(id(log))
         if self.used_bytes > self.limit_bytes:
             self._evict(log)
@@ -81,7 +82,8 @@ class Outputs:
             log.starts.pop()
         if log.parts and log.kept_to > end:
             last = log.parts[-1]
-            log.parts[-1] = last[: end - log.starts[-1]].copy()  # a view would keep the whole array in memory
+            kept = bytes(last[: (end - log.starts[-1]) * log.row_bytes])  # a view would keep the whole part in memory
+            log.parts[-1] = memoryview(kept)
             self.used_bytes -= last.nbytes - log.parts[-1].nbytes
         log.kept_to = min(log.kept_to, end)
 
@@ -110,5 +112,5 @@ class Outputs:
         log.starts.clear()
 
 
-def _size(part: F32) -> int:
+def _size(part: memoryview) -> int:
     return part.nbytes + _PART_BYTES

@@ -23,11 +23,11 @@ def _stage_row(active: ActiveStage, name_of: Callable[[ModelId], str]) -> dict[s
         "role": f"stage {active.open.stage}",
         "model": name_of(active.open.plan.model),
         "state": active.machine.state.value,
-        "tokens": max(0, active.machine.next_position - active.open.prompt_tokens),
+        "tokens": max(0, active.machine.due - active.open.prompt_tokens),
         "prompt_tokens": active.open.prompt_tokens,
         "epoch": active.open.epoch,
         "plan": str(active.stage.layers),
-        "blocks": len(active.table.blocks),
+        "blocks": active.cache.lease.kv.pages,
     }
 
 
@@ -35,11 +35,11 @@ def _mirror_row(session_kv: SessionKv, cache: StageCache, name_of: Callable[[Mod
     return {
         "id": session_kv.session,
         "role": f"mirror {cache.layers}",
-        "model": name_of(cache.lease.resident.card.id),
+        "model": name_of(cache.lease.kv.key.model),
         "state": "kept",
         "tokens": cache.filled,
         "prompt_tokens": 0,
         "epoch": cache.epoch,
         "plan": str(cache.layers),
-        "blocks": len(cache.lease.table.blocks),
+        "blocks": cache.lease.kv.pages,
     }

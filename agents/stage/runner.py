@@ -1,8 +1,11 @@
-"""Runs the stages of this peer: executes the commands of their state machines and computes their steps, one at a time.
+"""Runs the stages of this peer: executes the commands of their state machines and computes their steps, a batch at a time.
 
-Events reach a machine only through `apply`. The compute thread has at most one step at a time; the scheduler chooses the next.
+Events reach a machine only through `apply`. The compute thread has at most one batch at a time, and never waits: a batch that needs
+attention of other peers is parked, and another one is computed meanwhile. A parked batch that can continue comes first; otherwise
+`schedule` chooses.
 """
 
+import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -12,55 +15,24 @@ from meshd.agents.device.compute import ComputeQueue
 from meshd.agents.links.backlog import Backlog
 from meshd.agents.links.links import Links
 from meshd.agents.links.rpc import try_send
-from meshd.agents.observe.spans import Span, SpanKind, Spans
 from meshd.agents.observe.story import Story
-from meshd.agents.observe.work import WorkMeter
-from meshd.agents.stage import session as fsm
+from meshd.agents.stage.batch.compute import BatchComputation, BatchStep, Cut, Outcome, StepOutput
+from meshd.agents.stage.batch.measure import BatchJob, StepMeter
+from meshd.agents.stage.batch.pacing import PromptPacing
+from meshd.agents.stage.batch.parked import ParkedBatches, Parts
+from meshd.agents.stage.batch.schedule import Pick, Ready, StageKey, schedule
+from meshd.agents.stage.flow import events as fsm
+from meshd.agents.stage.flow.session import StageState
 from meshd.agents.stage.kv import KvManager
-from meshd.agents.stage.learning import StepLearning
 from meshd.agents.stage.mirror.outgoing import OutgoingMirrors
-from meshd.agents.stage.scheduler import Scheduler
 from meshd.agents.stage.sender import StageSender
-from meshd.agents.stage.steps import ActiveStage, StepOutput, arrival_of, compute_step, note_arrival
+from meshd.agents.stage.steps import ActiveStage
 from meshd.clock import Clock
 from meshd.errors import MeshdError, ProtocolViolation, UsageError
-from meshd.kernels.wire import wire_bytes
-from meshd.protocol.messages import Failed, RunningStep
-from meshd.telemetry import Phase, Telemetry
+from meshd.protocol.messages import Failed, RunningStep, StepKind, Tokens
 from meshd.types import PeerId, SessionId
 
 log = getLogger(__name__)
-
-
-@dataclass(slots=True, eq=False)
-class StepJob:
-    """A step that was given to the compute thread."""
-
-    active: ActiveStage
-    step: fsm.Step
-    submitted_at: float
-    started_at: float | None = None
-    """When the compute thread began it. None: the thread does other work, such as measuring layers that were just loaded."""
-    ended_at: float = 0.0
-    """When the compute thread had computed it."""
-    sent_at: float = 0.0
-    """When this peer began to send its output."""
-
-    def progress(self, now: float) -> RunningStep:
-        """Describe what the compute thread does: this step, or the other work that the step waits for."""
-        if self.started_at is None:
-            return RunningStep(session=None, epoch=0, stage=0, step=0, tokens=0, running_s=now - self.submitted_at)
-        plan, machine = self.active.open.plan, self.active.machine
-        share = self.step.tokens / machine.known_tokens
-        return RunningStep(
-            session=self.active.open.session,
-            epoch=self.active.open.epoch,
-            stage=self.active.open.stage,
-            step=self.step.position,
-            tokens=self.step.tokens,
-            running_s=now - self.started_at,
-            predicted_s=plan.predicted_ttft_s * share if self.step.prefill else plan.predicted_tpot_s,
-        )
 
 
 @dataclass(slots=True)
@@ -69,57 +41,78 @@ class StageRunner:
 
     me: PeerId
     links: Links
-    learning: StepLearning
     compute: ComputeQueue
     clock: Clock
-    telemetry: Telemetry
     story: Story
-    spans: Spans
-    work: WorkMeter
+    meter: StepMeter
+    pacing: PromptPacing
     kv_manager: KvManager
     mirrors: OutgoingMirrors
     on_change: Callable[[], None]
     active: dict[tuple[SessionId, int], ActiveStage]
     """Running stages, by session and index in the plan."""
-    ready: Scheduler
     sender: StageSender = field(init=False)
-    job: StepJob | None = None
-    """The step that the compute thread has. None: it has none."""
+    parked: ParkedBatches = field(init=False)
+    """The batches that wait at a cut."""
+    job: BatchJob | None = None
+    """The batch that the compute thread has. None: it has none."""
+    _choosing: bool = False
+    """Whether the next batch is about to be chosen."""
 
     def __post_init__(self) -> None:
-        self.sender = StageSender(self.me, self.links, Backlog(self.links, on_room=self._pump), self.fail)
+        self.sender = StageSender(self.me, self.links, Backlog(self.links, on_room=self._choose_soon), self.fail)
+        self.parked = ParkedBatches(self.clock, self.fail, self._choose_soon, self._abandoned, self.meter.waited)
 
     def apply(self, active: ActiveStage, event: fsm.Event) -> None:
-        """Pass an event to a stage's machine, execute its commands, and start the next step if the compute thread is free."""
-        if isinstance(event, fsm.StepArrived):
-            note_arrival(event.step, self.clock.monotonic())
-        for command in active.machine.handle(event):
-            match command:
-                case fsm.Compute(step):
-                    self.ready.put(active, step)
-                case fsm.Deliver(step, output, skip):
-                    assert isinstance(output, StepOutput)
-                    self.sender.deliver(active, step, output, skip)
-                case fsm.BeginAt(start):
-                    self._begin(active, start)
-                case fsm.Replay(position, tokens):
-                    self.sender.replay(active, position, tokens)
-                case fsm.RejectStep(step, reason):
-                    error = ProtocolViolation(f"stage {active.open.stage} can't take the step: {reason}")
-                    self.fail(active, step.position, error, active.source_of(step))
-                case fsm.RefuseResume(reason):
-                    error = ProtocolViolation(f"stage {active.open.stage} can't follow RESUME: {reason}")
-                    self.fail(active, active.machine.next_position, error, active.open.coordinator)
-                case fsm.FreeKv(reason):
-                    self._free(active, reason)
-        self._pump()
+        """Pass an event to a stage's machine, execute its commands, and start the next batch if the compute thread is free."""
+        self._apply(active, event)
+        self._choose_soon()
 
-    def fail(self, active: ActiveStage, position: int, error: MeshdError, blame: PeerId | None) -> None:
+    def take_tokens(self, active: ActiveStage, message: Tokens) -> None:
+        """Make the first stage's next step of sampled tokens, and of guesses of those after them."""
+        drafter = active.drafter
+        is_new = active.open.prompt_tokens + message.index >= active.machine.known_to
+        drafts = drafter.after(message.tokens) if drafter is not None and is_new else ()
+        self.apply(active, fsm.TokensArrived(message.index, message.tokens, drafts))
+        if drafter is not None and active.machine.state is not StageState.ENDED and (ahead := drafter.ahead()):
+            self.apply(active, fsm.TokensGuessed(ahead))
+
+    def _apply(self, active: ActiveStage, event: fsm.Event) -> None:
+        was_ready = active.machine.state is StageState.READY
+        for command in active.machine.handle(event):
+            self._execute(active, command)
+        if active.machine.state is StageState.READY and not was_ready:
+            active.ready_since = self.clock.monotonic()
+
+    def _execute(self, active: ActiveStage, command: fsm.Command) -> None:
+        match command:
+            case fsm.Deliver(sent):
+                self.sender.deliver(active, sent)
+            case fsm.DeliverTokens(sampled):
+                self.sender.deliver_tokens(active, sampled)
+            case fsm.Acknowledge():
+                self.sender.acknowledge(active, command)
+            case fsm.Truncate(start):
+                active.cache.lease.kv.truncate(active.cache.layers, start, active.cache.filled)
+                if active.cache.log is not None:
+                    self.kv_manager.outputs.cut(active.cache.log, start)
+            case fsm.BeginAt(start):
+                self._begin(active, start)
+            case fsm.RejectStep(step, reason):
+                error = ProtocolViolation(f"stage {active.open.stage} can't take the step: {reason}")
+                self.fail(active, error, active.source_of(step))
+            case fsm.RefuseResume(reason):
+                error = ProtocolViolation(f"stage {active.open.stage} can't follow RESUME: {reason}")
+                self.fail(active, error, active.open.coordinator)
+            case fsm.FreeKv(reason):
+                self._free(active, reason)
+
+    def fail(self, active: ActiveStage, error: MeshdError, blame: PeerId | None) -> None:
         """Report a failure to the coordinator and end the stage. Its KV and outputs are kept for the next epoch.
 
         blame: the peer at fault. None: the request itself is wrong.
         """
-        if active.machine.state is fsm.StageState.ENDED:
+        if active.machine.state is StageState.ENDED:
             return
         log.warning("session %s stage %d failed: %s", active.open.session, active.open.stage, error)
         self.story.note(
@@ -128,7 +121,7 @@ class StageRunner:
         failed = Failed(
             session=active.open.session,
             epoch=active.open.epoch,
-            step=position,
+            step=active.machine.due,
             stage=active.open.stage,
             code=error.code,
             message=str(error),
@@ -143,6 +136,12 @@ class StageRunner:
             if active.open.epoch < epoch:
                 self._end(active, reason)
 
+    def progress(self, session: SessionId) -> RunningStep | None:
+        """Describe the session's step that is computed or waits at a cut; else what the compute thread does. None: nothing."""
+        jobs = [*([self.job] if self.job is not None else []), *self.parked.jobs]
+        job = next((job for job in jobs if any(part.active.open.session == session for part in job.batch)), self.job)
+        return job.progress(self.clock.monotonic(), session) if job is not None else None
+
     def unpin(self, active: ActiveStage) -> None:
         """Make the stage's kept outputs evictable again, unless some of them are still to be sent."""
         if active.cache.log is not None and not active.machine.replaying:
@@ -151,8 +150,7 @@ class StageRunner:
     def _begin(self, active: ActiveStage, start: int) -> None:
         """Start the epoch at position `start`: drop KV and outputs from there on, and caches that the epoch does not use."""
         cache, epoch = active.cache, active.open.epoch
-        cache.filled = cache.epoch_start = start
-        cache.mirrored = False
+        cache.restart(start)
         if cache.log is not None:
             self.kv_manager.outputs.cut(cache.log, start)
         session_kv = self.kv_manager.get(active.open.session)
@@ -167,91 +165,137 @@ class StageRunner:
         if self.active.get(active.key) is active:
             del self.active[active.key]
         self.mirrors.stop(active)
+        if active.cache.log is not None and active.machine.computed > active.cache.filled:
+            self.kv_manager.outputs.cut(active.cache.log, active.cache.filled)  # the rest may come from wrong guesses
         self.apply(active, fsm.StageEnded(reason))
         self.unpin(active)
+        self.parked.end(active)
 
     def _free(self, active: ActiveStage, reason: str) -> None:
         active.cache.lease.release()
+        active.resident.stages.leave(active.cache.layers)
         log.debug("session %s stage %d ended: %s", active.open.session, active.open.stage, reason)
         self.on_change()
 
-    def _pump(self) -> None:
-        while self.job is None and (ready := self.ready.take(self.sender.must_wait)) is not None:
-            active, step = ready
-            if active.machine.computing is not step:
-                continue
-            if active.machine.state is fsm.StageState.ENDED:
-                self.apply(active, fsm.StepComputed(step.position, None))
-                continue
-            self.job = StepJob(active, step, submitted_at=self.clock.monotonic())
-            if step.prefill and active.open.stage > 0:
-                self.sender.send_taken(active, step)
-            self.compute.submit(
-                partial(self._compute, active, step, self.job),
-                partial(self._computed, active, step),
-                partial(self._compute_failed, active, step),
-            )
+    def _choose_soon(self) -> None:
+        """Choose the next batch after the messages that have arrived by now, whose steps belong to it, too.
 
-    def _compute(self, active: ActiveStage, step: fsm.Step, job: StepJob) -> StepOutput:
-        """Compute a step. Runs on the compute thread."""
-        job.started_at = self.clock.monotonic()
-        output = compute_step(active, step)
-        job.ended_at = self.clock.monotonic()
-        return output
+        The tokens of a batch's sessions are as many messages: a batch chosen at the first one would have a single step.
+        """
+        if self.job is None and not self._choosing:
+            self._choosing = True
+            asyncio.get_running_loop().call_soon(self._choose)
 
-    def _computed(self, active: ActiveStage, step: fsm.Step, output: StepOutput) -> None:
-        job, self.job = self.job, None
-        if job is not None:
-            job.sent_at = self.clock.monotonic()
-        cache = active.cache
-        if active.machine.state is not fsm.StageState.ENDED:
-            cache.filled = step.end
-        # The output is sent before the bookkeeping below, because the next stage waits for it.
-        self.apply(active, fsm.StepComputed(step.position, output))
-        predicted_s = 0.0
-        if job is not None:
-            whole_s = self.clock.monotonic() - job.submitted_at
-            predicted_s = self.learning.observe(active.resident, active.stage.layers, step, output.stage_s, whole_s)
-        if active.machine.state is not fsm.StageState.ENDED:
-            if cache.log is not None and output.hidden is not None:
-                self.kv_manager.outputs.append(cache.log, step.position, output.hidden)
-            self.mirrors.on_kv_grown(active)
-        if job is not None:
-            self._measure(job, output, predicted_s)
+    def _choose(self) -> None:
+        """Give the compute thread its next batch, if it has none: one that has waited at a cut, or a new one."""
+        self._choosing = False
+        if self.job is not None:
+            return
+        resumed = self.parked.take_ready()
+        if resumed is not None:
+            self._submit(*resumed)
+            return
+        picks = self._schedule()
+        batch = tuple([self._begun(pick.key, pick.tokens) for pick in picks])
+        if batch:
+            self.pacing.chosen(batch[0].active.stage, by_budget=any(pick.by_budget for pick in picks))
+            self._submit(BatchJob(batch, BatchComputation(batch), submitted_at=self.clock.monotonic()), [])
 
-    def _measure(self, job: StepJob, output: StepOutput, predicted_s: float) -> None:
-        """Count a computed step for metrics, traces and readers of events."""
-        active, step = job.active, job.step
-        phase: Phase = "prefill" if step.prefill else "decode"
-        model, layers = active.resident.card.name, str(active.stage.layers)
-        self.telemetry.stage_step(model, layers, phase, output.stage_s)
-        self.telemetry.prediction("prefill_step" if step.prefill else "decode_step", predicted_s, output.stage_s)
-        sent_bytes = 0 if output.hidden is None else wire_bytes(output.hidden, active.open.plan.wire_dtype)
-        opened = active.open
-        self.work.add(
-            opened.session,
-            opened.stage,
-            phase,
-            model=model,
-            layers=layers,
-            tokens=step.tokens,
-            busy_s=output.stage_s,
-            sent_bytes=sent_bytes,
-        )
-        if job.started_at is not None:
-            arrived = arrival_of(step)
-            self.telemetry.step_wait(phase, job.started_at - arrived)
-            kind = SpanKind.PREFILL if step.prefill else SpanKind.DECODE
-            times = arrived, job.started_at, job.ended_at, job.sent_at
-            self.spans.add(opened.session, Span(kind, opened.epoch, opened.stage, step.position, step.tokens, *times))
+    def _submit(self, job: BatchJob, parts: Parts) -> None:
+        self.job = job
+        work, failed = partial(self._compute, job, parts), partial(self._compute_failed, job)
+        self.compute.submit(work, partial(self._paused_or_computed, job), failed)
 
-    def _compute_failed(self, active: ActiveStage, step: fsm.Step, error: Exception) -> None:
+    def _schedule(self) -> tuple[Pick, ...]:
+        ready = [
+            Ready(key, active.layers_key, active.largest(step), step.prefill, not active.open.stage, active.ready_since)
+            for key, active in self.active.items()
+            if (step := active.machine.ready) is not None
+            and not self.sender.must_wait(active, step)
+            and not (active.shards is not None and self.parked.full)
+        ]
+        return schedule(ready, self._budget)
+
+    def _budget(self, key: StageKey, decodes: int) -> int:
+        """How many tokens of a prompt a pass takes. Sessions whose decode step is not ready would wait behind it as well."""
+        active = self.active[key]
+        step = active.machine.ready
+        assert step is not None
+        others = [other for other in self.active.values() if other.layers_key == active.layers_key]
+        decoding = [other.machine.computed for other in others if other.decodes]
+        prompts = sum(ready.prefill for other in others if (ready := other.machine.ready) is not None)
+        return self.pacing.budget(active, step.start, decodes, decoding, prompts)
+
+    def _begun(self, key: StageKey, tokens: int) -> BatchStep:
+        active = self.active[key]
+        since = active.ready_since
+        self._apply(active, fsm.StepBegun(tokens))
+        assert active.machine.computing is not None
+        return BatchStep(active, active.machine.computing, since)
+
+    def _compute(self, job: BatchJob, parts: Parts) -> Cut | list[Outcome]:
+        """Compute a batch up to its next cut, or to its end. Runs on the compute thread."""
+        job.resumed_at = self.clock.monotonic()
+        if job.started_at is None:
+            job.started_at = job.resumed_at
+        found = job.computation.run(parts)
+        job.ended_at, job.resumed_at = self.clock.monotonic(), None
+        return found
+
+    def _paused_or_computed(self, job: BatchJob, found: Cut | list[Outcome]) -> None:
         self.job = None
-        blame = (
-            None if isinstance(error, UsageError) else active.source_of(step) if isinstance(error, ProtocolViolation) else self.me
-        )
-        if not isinstance(error, MeshdError):
-            log.exception("session %s stage %d: computing failed", active.open.session, active.open.stage, exc_info=error)
-            error = MeshdError(f"computing step {step.position} failed: {error}")
-        self.fail(active, step.position, error, blame)
-        self.apply(active, fsm.StepComputed(step.position, None))
+        if isinstance(found, list):
+            self._computed(job, found)
+        else:
+            self.parked.park(job, found)  # first: what the other peers compute takes longest
+            self._choose_soon()
+
+    def _computed(self, job: BatchJob, outcomes: list[Outcome]) -> None:
+        """Send the outputs of a batch, then start the next one."""
+        job.sent_at = self.clock.monotonic()
+        self.sender.collect()
+        try:
+            for (active, step, _), outcome in zip(job.batch, outcomes, strict=True):
+                self._deliver(active, step, outcome)
+        finally:
+            self.sender.flush()
+        whole_s = self.clock.monotonic() - job.submitted_at
+        self._choose_soon()
+        asyncio.get_running_loop().call_soon(self._account, job, outcomes, whole_s)  # after it, because the next batch waits
+
+    def _account(self, job: BatchJob, outcomes: list[Outcome], whole_s: float) -> None:
+        """Copy new KV to mirrors, and learn from the times of a batch. `whole_s`: from its choice until its outputs were sent."""
+        for part, outcome in zip(job.batch, outcomes, strict=True):
+            if isinstance(outcome, StepOutput) and part.active.machine.state is not StageState.ENDED:
+                self.mirrors.on_kv_grown(part.active)
+        self.meter.measured(job, outcomes, whole_s)
+
+    def _deliver(self, active: ActiveStage, step: fsm.StageStep, outcome: Outcome) -> None:
+        if isinstance(outcome, MeshdError):
+            self._failed(active, step, outcome)
+            return
+        if active.machine.state is not StageState.ENDED and step.kind is not StepKind.REFILL:
+            active.cache.extend(step.committed, step.committed)
+            if active.cache.log is not None and outcome.payload is not None:
+                # Before the next step begins: it may take these rows back.
+                self.kv_manager.outputs.append(active.cache.log, step.start, step.tokens, outcome.payload)
+        self._apply(active, fsm.StepComputed(outcome, outcome.tokens, outcome.finish is not None))
+
+    def _abandoned(self, job: BatchJob, errors: list[MeshdError]) -> None:
+        """Free what the steps of a parked batch held: all their stages have ended."""
+        for (active, step, _), error in zip(job.batch, errors, strict=True):
+            self._failed(active, step, error)
+        self._choose_soon()
+
+    def _compute_failed(self, job: BatchJob, error: Exception) -> None:
+        """End the stages of a batch whose computation raised an error that is not of one step."""
+        self.job = None
+        log.exception("computing a batch of %d steps failed", len(job.batch), exc_info=error)
+        for active, step, _ in job.batch:
+            self._failed(active, step, MeshdError(f"computing step {step.start} failed: {error}"))
+        self._choose_soon()
+
+    def _failed(self, active: ActiveStage, step: fsm.StageStep, error: MeshdError) -> None:
+        blame = active.source_of(step) if isinstance(error, ProtocolViolation) else self.me
+        self.fail(active, error, None if isinstance(error, UsageError) else blame)
+        self._apply(active, fsm.StepComputed(None))

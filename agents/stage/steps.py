@@ -1,43 +1,66 @@
-"""A running stage, the conversion of messages to its steps, and the computation of a step."""
+"""A running stage, and the conversion of messages to its steps."""
 
-import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from meshd.agents.placement.resident import ResidentLayers
-from meshd.agents.stage import session as fsm
+from meshd.agents.stage.flow.events import StageStep
+from meshd.agents.stage.flow.session import StageSession, StageState
 from meshd.agents.stage.kv import StageCache
-from meshd.errors import LocalFault, MeshdError, ProtocolViolation
-from meshd.kernels.backend import Segment, Stage
-from meshd.kernels.kv import BlockTable
-from meshd.kernels.sampler import Sampler
-from meshd.kernels.wire import decode
-from meshd.protocol.messages import Activation, Open, Opened, Prompt, Token
-from meshd.types import PeerId, SessionId, TokenLogprobs
+from meshd.errors import MeshdError, ProtocolViolation
+from meshd.kernels.attention.tree import Part
+from meshd.kernels.backend import AttendRequest, RemoteRun, Stage
+from meshd.kernels.sampling.sampler import Sampler
+from meshd.kernels.wire import size_of
+from meshd.protocol.messages import Open, Opened, Step
+from meshd.types import LayerRange, PeerId, SessionId
 
 
 @dataclass(slots=True)
 class StepInput:
-    """The input of a step: token ids at the first stage, an activation and its payload at the others."""
+    """The input of a step as it arrived: token ids at the first stage, the payload of hidden states at the others."""
 
+    start: int
+    """Position of the first row."""
     ids: npt.NDArray[np.int32] | None
-    activation: Activation | None = None
-    payload: memoryview | None = None
-    arrived_at: float = 0.0
-    """Monotonic time at which this peer received the input."""
+    payload: memoryview | None
+    arrived_at: float
+    """Monotonic time."""
 
 
-@dataclass(frozen=True, slots=True)
-class StepOutput:
-    """The output of a step."""
+class Drafter(Protocol):
+    """Guesses the tokens after those that are known. The first stage sends its guesses along, and the last stage checks them."""
 
-    hidden: npt.NDArray[np.float32] | None
-    token: int | None
-    logprobs: TokenLogprobs | None
-    stage_s: float
-    """Time to compute the whole step, with head and sampler."""
+    def after(self, tokens: tuple[int, ...]) -> tuple[int, ...]:
+        """Return guesses of the tokens after `tokens`, which the last stage has sampled; empty for none."""
+        ...
+
+    def ahead(self) -> tuple[int, ...]:
+        """Return guesses of the tokens after the newest step, before the last stage has answered it; empty for none."""
+        ...
+
+
+class ShardClient(Protocol):
+    """Asks the peers that hold a part of a session's KV for the attention over it. Used on the event loop."""
+
+    @property
+    def runs(self) -> tuple[RemoteRun, ...]:
+        """What other peers hold for this stage of the session. It does not change in an epoch."""
+        ...
+
+    def holder_of(self, run: RemoteRun) -> PeerId: ...
+
+    def ask(self, request: AttendRequest, answer: Callable[[Part | MeshdError], None]) -> None:
+        """Send a request to the holder of its run. Has `answer` called on the event loop when a part or an error comes back.
+
+        Only the first call of `answer` counts, and none after the session has ended or the wait is over.
+        Raises: MeshdError if the request can't be sent.
+        """
+        ...
 
 
 @dataclass(slots=True, eq=False)
@@ -48,10 +71,15 @@ class ActiveStage:
     resident: ResidentLayers
     stage: Stage
     cache: StageCache
-    table: BlockTable
     sampler: Sampler | None
     """The last stage's sampler; None at any other stage."""
-    machine: fsm.StageSession
+    machine: StageSession
+    drafter: Drafter | None = None
+    """At the first stage: what guesses tokens. None: nothing does."""
+    shards: ShardClient | None = None
+    """What asks other peers for a part of the attention. None: all KV is here."""
+    ready_since: float = 0.0
+    """Monotonic time since when a step may begin, while the machine is READY."""
 
     @property
     def key(self) -> tuple[SessionId, int]:
@@ -69,7 +97,41 @@ class ActiveStage:
         """The peer that sends the stage's prefill steps."""
         return self.peer_of(self.open.stage - 1) if self.open.stage else self.open.coordinator
 
-    def source_of(self, step: fsm.Step) -> PeerId:
+    @property
+    def output_peer(self) -> PeerId:
+        """The peer that the stage sends its steps to; for the last stage, the coordinator."""
+        return self.open.coordinator if self.last else self.peer_of(self.open.stage + 1)
+
+    @property
+    def remote_runs(self) -> tuple[RemoteRun, ...]:
+        """What other peers hold of the session's KV."""
+        return self.shards.runs if self.shards is not None else ()
+
+    @property
+    def holders(self) -> set[PeerId]:
+        """The peers that hold a part of the session's KV for this stage."""
+        return {self.shards.holder_of(run) for run in self.shards.runs} if self.shards is not None else set()
+
+    @property
+    def layers_key(self) -> tuple[int, LayerRange, bool, bool]:
+        """Equal for stages that one pass can compute. A plan may end before the model's last layer.
+
+        A session whose KV is all here shares no pass with one that waits for other peers: it would wait as well.
+        """
+        return id(self.resident), self.cache.layers, self.last, self.shards is not None
+
+    @property
+    def decodes(self) -> bool:
+        """Whether decode steps follow: all known tokens were computed here, and no reader must take some of them first."""
+        return self.machine.computed >= self.machine.known_tokens and self.machine.state is not StageState.WAITING
+
+    def largest(self, step: StageStep) -> int:
+        """How many tokens of a step may be computed at once: of a prompt at the first stage, a chunk."""
+        if self.open.stage or not step.prefill:
+            return step.tokens
+        return min(step.tokens, self.open.plan.prefill_chunk_tokens)
+
+    def source_of(self, step: StageStep) -> PeerId:
         """Return the peer that sent the step's input."""
         if self.open.stage or step.prefill:
             return self.input_peer
@@ -82,30 +144,31 @@ class ActiveStage:
             request=request,
             session=self.open.session,
             epoch=self.open.epoch,
-            blocks=len(self.table.blocks),
+            blocks=self.cache.lease.kv.pages,
             held=machine.held,
             mirrored=self.cache.mirrored,
             kept_from=machine.kept_from,
             kept_to=machine.kept_to,
+            held_from=machine.held_from,
         )
 
 
-def note_arrival(step: fsm.Step, now: float) -> None:
-    """Record when the input of a step arrived."""
-    if isinstance(step.data, StepInput):
-        step.data.arrived_at = now
+def received_step(active: ActiveStage, step: Step, payload: memoryview, now: float) -> StageStep:
+    """Convert a step of STEPS, which arrived `now`, and its part of the payload.
 
-
-def arrival_of(step: fsm.Step) -> float:
-    """Return when the input of a step arrived, in monotonic time."""
-    assert isinstance(step.data, StepInput)
-    return step.data.arrived_at
-
-
-def prompt_step(active: ActiveStage, message: Prompt, payload: memoryview) -> fsm.Step:
-    """Convert PROMPT to a step. Raises: ProtocolViolation as `token_ids` does."""
-    ids = token_ids(payload, message.tokens, active.resident.card.spec.vocab)
-    return fsm.Step(message.step, message.tokens, message.last, True, data=StepInput(ids))
+    Raises: ProtocolViolation if the payload has another size, or an id is outside the vocabulary.
+    """
+    spec = active.resident.card.spec
+    if active.open.stage:
+        expected = size_of(active.open.plan.wire_dtype, step.tokens, spec.hidden)
+        if len(payload) != expected:
+            raise ProtocolViolation(f"a step is torn: {len(payload)} bytes for {step.tokens} tokens, not {expected}")
+        data = StepInput(step.start, None, payload, now)
+    else:
+        data = StepInput(step.start, token_ids(payload, step.tokens, spec.vocab), None, now)
+    if step.ids and max(step.ids) >= spec.vocab:
+        raise ProtocolViolation("some token ids are outside the vocabulary")
+    return StageStep(step.start, step.tokens, step.kind, step.sample, step.committed, step.seq, step.ids, data)
 
 
 def token_ids(payload: memoryview, tokens: int, vocab: int) -> npt.NDArray[np.int32]:
@@ -119,64 +182,3 @@ def token_ids(payload: memoryview, tokens: int, vocab: int) -> npt.NDArray[np.in
     if ids.size and not (int(ids.min()) >= 0 and int(ids.max()) < vocab):
         raise ProtocolViolation("some token ids are outside the vocabulary")
     return ids
-
-
-def activation_step(active: ActiveStage, message: Activation, payload: memoryview) -> fsm.Step:
-    """Convert ACTIVATION to a step."""
-    return fsm.Step(
-        message.step,
-        message.tokens,
-        message.sample,
-        message.step < active.machine.known_tokens,
-        index=max(0, message.step + message.tokens - active.open.prompt_tokens),
-        data=StepInput(None, message, payload),
-    )
-
-
-def token_step(active: ActiveStage, message: Token) -> fsm.Step:
-    """Convert the last stage's TOKEN to the first stage's next step."""
-    ids = np.array([message.token], dtype=np.int32)
-    return fsm.Step(active.open.prompt_tokens + message.index, 1, True, False, index=message.index + 1, data=StepInput(ids))
-
-
-def compute_step(active: ActiveStage, step: fsm.Step) -> StepOutput:
-    """Compute one step. Runs on the compute thread.
-
-    Raises: ProtocolViolation if the input has the wrong size or is not finite; LocalFault if only the output is not finite.
-    """
-    started = time.perf_counter()
-    data = step.data
-    assert isinstance(data, StepInput)
-    if data.activation is not None and data.payload is not None:
-        hidden = decode(data.payload, data.activation.dtype, data.activation.tokens, active.resident.card.spec.hidden)
-    else:
-        assert data.ids is not None
-        hidden = active.stage.embed(data.ids)
-    try:
-        out = _forward(active, step, hidden)
-        token, logprobs = _sample(active, step, out) if active.last else (None, None)
-    except MeshdError as error:
-        if np.isfinite(hidden).all():
-            raise
-        raise ProtocolViolation("the hidden states received are not finite") from error
-    stage_s = time.perf_counter() - started
-    return StepOutput(None if active.last else out, token, logprobs, stage_s)
-
-
-def _forward(active: ActiveStage, step: fsm.Step, hidden: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    segment = Segment(table=active.table, start=step.position, tokens=step.tokens)
-    out = active.stage.forward(hidden, [segment], active.cache.lease.pool)
-    # No layer turns NaN or infinity into a finite value, so `compute_step` checks the input only if the step fails.
-    if not active.last and not np.isfinite(out).all():
-        raise LocalFault(f"layers {active.stage.layers} computed hidden states that are not finite", hint="check the model file")
-    return out
-
-
-def _sample(active: ActiveStage, step: fsm.Step, hidden: npt.NDArray[np.float32]) -> tuple[int | None, TokenLogprobs | None]:
-    if not step.sample:
-        return None, None
-    assert active.sampler is not None
-    logits = active.stage.logits(hidden[-1:])[0]
-    token, logprobs = active.sampler.pick(logits, step.end)
-    active.sampler.accept(token)
-    return token, logprobs

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
+from meshd.kernels.weights.kinds import BlockKind
 from meshd.kernels.weights.layers import CLAMP, CLAMPED_SLOPE, Expert, NetworkWeights, Projection
 from meshd.kernels.weights.load import F32, BlockMatrix, DenseMatrix
 from meshd.kernels.weights.matrices import zero_points_and_shifts
@@ -20,6 +21,9 @@ from meshd.types import ModelSpec
 MS = "com.microsoft"
 HEAD_PART_WEIGHTS = 16 << 20
 """Maximum number of weights in one part of the head. Packing takes twice the memory of the part, in addition to the part itself."""
+DENSE_COLUMNS = 128
+"""Columns of a matrix of 16-bit floats in one `Gemm`. Onnxruntime divides the sums of a product whose weights are not packed, and
+for few rows of weights in each thread it takes longer slices than 128. So with wider products, bits depended on the threads."""
 ACCURACY_F32, ACCURACY_INT8 = 1, 4
 """`accuracy_level` of MatMulNBits: float32, or activations quantised to int8 with one scale per block. Sums are float32 in both."""
 
@@ -32,6 +36,21 @@ class Precision:
     """ACCURACY_F32 or ACCURACY_INT8."""
     zero_points: bool
     """Whether weights of kinds with minima get a zero point per group, which makes the error of int8 activations smaller."""
+
+    @property
+    def packs(self) -> bool:
+        """Whether onnxruntime packs codes with their scales and sums. It then keeps the scales alone as well, so that each group
+        takes two more float32 (measured with onnxruntime 1.32 on x86-64, as the growth of the process)."""
+        return self.level == ACCURACY_INT8
+
+    def bits_of(self, kind: BlockKind) -> float:
+        """Return the bits per weight that a quantised kind takes in a session."""
+        floats = 3 if self.packs else 1
+        zero_point = 0.0
+        if kind.minimum is not None:
+            floats += 1
+            zero_point = kind.bits / kind.group if self.zero_points else 0.0
+        return kind.bits + floats * kind.group_bits + zero_point
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +68,13 @@ class Subgraph:
 
     model: ModelProto
     weights: dict[str, Weight]
+    packed_bytes: int = 0
+    """What packing adds to the weights: see `Precision.packs`."""
 
     @property
     def bytes(self) -> int:
-        return sum(weight.value.nbytes for weight in self.weights.values())
+        """Bytes that a session with this subgraph holds."""
+        return self.packed_bytes + sum(weight.value.nbytes for weight in self.weights.values())
 
 
 @dataclass(slots=True)
@@ -63,6 +85,7 @@ class GraphBuilder:
     nodes: list[NodeProto] = field(default_factory=list)
     constants: list[TensorProto] = field(default_factory=list)
     weights: dict[str, Weight] = field(default_factory=dict)
+    packed_bytes: int = 0
 
     def node(self, operator: str, *inputs: str, outputs: tuple[str, ...] = (), domain: str = "", **attributes: float) -> str:
         """Add an operator. Without `outputs`, the operator has one output. Returns: the name of the first output."""
@@ -112,6 +135,7 @@ class GraphBuilder:
         inputs = [x, self.weight(matrix.codes), self.weight(matrix.scale)]
         attributes = {"K": columns, "N": rows, "bits": matrix.bits, "block_size": matrix.block}
         attributes["accuracy_level"] = self.precision.level
+        self.packed_bytes += 2 * matrix.scale.nbytes if self.precision.packs else 0
         shift = matrix.shift
         if shift is not None and self.precision.zero_points:
             zero_points, shift = zero_points_and_shifts(matrix)
@@ -124,11 +148,20 @@ class GraphBuilder:
         return self.node("Gemm", sums, self.weight(np.ascontiguousarray(shift.T)), y)
 
     def _dense_product(self, x: str, matrix: DenseMatrix) -> str:
+        """Add `x @ matrix.T`. Weights of 16 bits are widened in each run, and multiplied in slices of `DENSE_COLUMNS` columns."""
+        if matrix.values.dtype == np.float32:
+            return self.node("Gemm", x, self.weight(matrix.values), transB=1)
         kind = TensorProto.BFLOAT16 if matrix.values.dtype == np.uint16 else None
-        weight = self.weight(matrix.values, kind)
-        if matrix.values.dtype != np.float32:
-            weight = self.node("Cast", weight, to=TensorProto.FLOAT)
-        return self.node("Gemm", x, weight, transB=1)
+        columns = matrix.shape[1]
+        starts = range(0, columns, DENSE_COLUMNS)
+        widths = [min(DENSE_COLUMNS, columns - start) for start in starts]
+        parts = self.split(x, *widths) if len(widths) > 1 else [x]
+        summed = ""
+        for part, start, width in zip(parts, starts, widths, strict=True):
+            weight = self.weight(np.ascontiguousarray(matrix.values[:, start : start + width]), kind)
+            wide = self.node("Cast", weight, to=TensorProto.FLOAT)
+            summed = self.node("Gemm", part, wide, *([summed] if summed else []), transB=1)
+        return summed
 
 
 def project_subgraph(weights: NetworkWeights, layer: int, precision: Precision) -> Subgraph:
@@ -309,4 +342,4 @@ def _build(graph: GraphBuilder, inputs: dict[str, int | str], outputs: dict[str,
     body = helper.make_graph(graph.nodes, "subgraph", values(inputs), values(outputs), graph.constants)
     opsets = [helper.make_opsetid("", 18), helper.make_opsetid(MS, 1)]
     model = helper.make_model(body, opset_imports=opsets, ir_version=9)
-    return Subgraph(model, graph.weights)
+    return Subgraph(model, graph.weights, graph.packed_bytes)

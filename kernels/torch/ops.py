@@ -35,8 +35,11 @@ def gated(gate_up: torch.Tensor, activation: str) -> torch.Tensor:
             return torch.nn.functional.silu(gate) * up
         case "gelu_tanh":
             return torch.nn.functional.gelu(gate, approximate="tanh") * up
+    # Both halves are scaled though one is used: torch computes the last elements of contiguous memory by another function than the
+    # others, so the sigmoid of contiguous rows would have other bits in the last row. A half is computed row by row.
+    scaled, _ = (CLAMPED_SLOPE * gate_up.clamp(max=CLAMP)).chunk(2, dim=-1)
     gate, up = gate.clamp(max=CLAMP), up.clamp(-CLAMP, CLAMP)
-    return gate * torch.sigmoid(CLAMPED_SLOPE * gate) * (up + 1)
+    return gate * torch.sigmoid(scaled) * (up + 1)
 
 
 def soft_capped(x: torch.Tensor, cap: float) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """Matrix products of the torch backend, on any of torch's devices.
 
-A product converts its weights to float32 one block of rows at a time.
+A product converts its weights to float32 one block of rows at a time. On the CPU it takes its activations in blocks of rows too, so
+that the bits of a row do not depend on the others (`trials.py`).
 """
 
 from collections.abc import Callable
@@ -11,9 +12,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from meshd.kernels.attention import to_tensor
+from meshd.kernels.attention.kernel import to_tensor
 from meshd.kernels.backend import F32
 from meshd.kernels.threads import Workers
+from meshd.kernels.torch.trials import BLOCK_ROWS, exact_counts, fill, multiply
+from meshd.kernels.weights.kinds import BlockKind
 from meshd.kernels.weights.layers import Projection
 from meshd.kernels.weights.load import BlockMatrix, DenseMatrix
 
@@ -50,8 +53,16 @@ class Device:
     def rows_at_once(self) -> int:
         return ROWS if self.name == "cpu" else ROWS * 16
 
+    def counts(self, columns: int, outputs: int, sums: int = 0) -> tuple[int, ...]:
+        """Return numbers of rows that a block of activations may have; empty: they are not taken in blocks. See `exact_counts`."""
+        if self.name != "cpu":
+            return ()
+        sizes = {min(outputs, ROWS), outputs % ROWS or ROWS}
+        found = [exact_counts(columns, size, sums) for size in sizes]
+        return tuple(count for count in found[0] if all(count in counts for counts in found))
+
     def by_rows(self, part: Callable[[int], torch.Tensor], rows: int, work: int) -> torch.Tensor:
-        """Compute a product of `rows` rows in parts, on several threads if it is large.
+        """Compute a product with `rows` rows of weights in parts, on several threads if it is large.
 
         `part` computes the rows that begin with its argument; `work` is the product's number of multiplications.
         """
@@ -78,8 +89,12 @@ class BlockProduct:
         self._codes = device.upload(codes)  # [rows, blocks, block * bits / 8]
         self._scale = device.upload(matrix.scale).unsqueeze(-1)  # [rows, blocks, 1]
         self._shift = None if shift is None else device.upload(shift)  # [rows, blocks]
+        rows, blocks = matrix.scale.shape
+        self._counts = device.counts(self._columns, rows, 0 if shift is None else blocks)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        tokens = len(x)
+        x = fill(x, self._counts) if self._counts else x
         blocks = x.view(len(x), -1, self._block)
         sums = blocks.sum(2)
         if self._bits == 4:
@@ -88,10 +103,10 @@ class BlockProduct:
 
         def part(first: int) -> torch.Tensor:
             rows = slice(first, first + self._device.rows_at_once())
-            y = ordered @ self._dequantise(rows).T
-            return y if self._shift is None else y.addmm_(sums, self._shift[rows].T)
+            shift = None if self._shift is None else self._shift[rows]
+            return multiply(ordered, self._dequantise(rows), sums, shift, BLOCK_ROWS if self._counts else len(ordered))
 
-        return self._device.by_rows(part, len(self._codes), x.numel() * len(self._codes))
+        return self._device.by_rows(part, len(self._codes), x.numel() * len(self._codes))[:tokens]
 
     def _dequantise(self, rows: slice) -> torch.Tensor:
         """Compute `scale * code` of some rows. Returns: `[rows, columns]`, even columns of each 4-bit block before the odd ones."""
@@ -113,12 +128,29 @@ class DenseProduct:
         self._device = device
         values = torch.from_numpy(matrix.values.copy())
         self._values = (values.view(torch.bfloat16) if matrix.values.dtype == np.uint16 else values).to(device.name)
+        self._counts = device.counts(matrix.shape[1], matrix.shape[0])
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        def part(first: int) -> torch.Tensor:
-            return x @ self._values[first : first + self._device.rows_at_once()].to(x.dtype).T
+        tokens = len(x)
+        filled = fill(x, self._counts) if self._counts else x
 
-        return self._device.by_rows(part, len(self._values), x.numel() * len(self._values))
+        def part(first: int) -> torch.Tensor:
+            weights = self._values[first : first + self._device.rows_at_once()].to(x.dtype)
+            return multiply(filled, weights, filled, None, BLOCK_ROWS if self._counts else tokens)
+
+        return self._device.by_rows(part, len(self._values), x.numel() * len(self._values))[:tokens]
+
+
+def bits_of(kind: BlockKind) -> float:
+    """Return the bits per weight that a quantised kind takes in a `BlockProduct`. 4-bit codes always have a shift."""
+    floats = 2 if kind.minimum is not None or kind.bits == 4 else 1
+    return kind.bits + floats * kind.group_bits
+
+
+def product_bytes(linear: Projection) -> int:
+    """Return the bytes that `make_product` takes for a projection."""
+    shifts = [m.scale.nbytes for m in linear.matrices if isinstance(m, BlockMatrix) and m.bits == 4 and m.shift is None]
+    return linear.bytes + sum(shifts)
 
 
 def make_product(linear: Projection, device: Device) -> Product:

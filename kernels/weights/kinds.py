@@ -39,6 +39,11 @@ class BlockKind:
     minimum: Callable[[U8], F32] | None = None
     """Extracts minima `[n, weights / group]`. None: the kind has no minima."""
 
+    @property
+    def group_bits(self) -> float:
+        """Bits per weight of one float32 for each group, such as the scale."""
+        return 32 / self.group
+
 
 def _half(blocks: U8, first: int) -> F32:
     """Read the float16 at byte `first` of each block. Returns: `[n, 1]`."""

@@ -1,7 +1,9 @@
 """Reads a network's weights by their GGUF names and checks them against the model's dimensions."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 
@@ -10,7 +12,7 @@ from meshd.kernels.backend import AttentionRule, WeightSource
 from meshd.kernels.rope import Rope, rope_of
 from meshd.kernels.threads import Workers
 from meshd.kernels.weights.load import F32, Matrix, check_finite, dequantise, expert_matrix, load_matrix, load_stacked, slice_rows
-from meshd.tensors import ROPE_FACTORS, tensor_shape
+from meshd.tensors import BEFORE_ATTENTION, ROPE_FACTORS, layer_shapes, tensor_shape
 from meshd.types import ModelSpec, Tensor
 
 CLAMP, CLAMPED_SLOPE = 7.0, 1.702
@@ -126,6 +128,16 @@ class NetworkWeights:
             wide = np.concatenate([biases["gate"][index], biases["up"][index]]) if "gate" in biases else None
             narrow = biases["down"][index].copy() if "down" in biases else None
             yield Expert(Projection(load_stacked([gate, up]), wide), Projection((load_matrix(down),), narrow))
+
+    def counts(self, layer: int, *, before_attention: bool) -> Counter[str]:
+        """Count a layer's weights by GGUF kind: those up to its attention, or those after it."""
+        counts: Counter[str] = Counter()
+        for name in layer_shapes(self.spec):
+            short = name.partition(".")[0]
+            if short != "attn_sinks" and (short in BEFORE_ATTENTION) is before_attention:
+                tensor = self._tensor(f"blk.{layer}.{name}")
+                counts[tensor.kind] += prod(tensor.shape)
+        return counts
 
     def output_norm(self) -> F32:
         return self._vector("output_norm.weight")

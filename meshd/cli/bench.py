@@ -68,6 +68,7 @@ def render(device: dict[str, Any]) -> str:
         f"{device['processor']}: {device['cores']} cores, {device['threads']} threads, {how}",
         f"memory: {free} free of {total}, bound by {device['memory_bound_by']}",
         f"disk: {rate(device['rates']['disk_bytes_s'])}",
+        f"numerics: {device['numerics']}",
     ]
     headers = ("BACKEND", "DECODE", "PREFILL", "ATTENTION", "MEMORY", "LAYER OVERHEAD", "")
     return "\n".join([*lines, "", table(headers, (_backend(trial, device["backend"]) for trial in device["backends"]))])

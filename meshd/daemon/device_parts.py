@@ -1,5 +1,7 @@
 """Makes the parts of this device's peer: its links, disk, memory, models and files, with the settings that they need."""
 
+import msgspec
+
 from meshd import __version__
 from meshd.agents.device.compute import ComputeThread
 from meshd.agents.device.descriptors import DescriptorShares
@@ -11,6 +13,7 @@ from meshd.agents.links.probe import LinkProber
 from meshd.agents.membership.fleet.devices import DeviceList
 from meshd.agents.membership.peer_table import PeerTable
 from meshd.agents.placement.model_library import ModelLibrary
+from meshd.agents.placement.ready.layer_times import LayerTimesFile
 from meshd.agents.placement.restart.placements import Placements
 from meshd.agents.placement.weights.headers import HeaderFetcher
 from meshd.agents.placement.weights.provider import WeightProvider
@@ -25,6 +28,7 @@ from meshd.clock import Clock
 from meshd.config import Config
 from meshd.daemon.sockets import Sockets
 from meshd.kernels.registry import make_backend
+from meshd.kernels.weights.footprint import weight_bits
 from meshd.models.store.store import Store
 from meshd.peer.parts import Parts, PeerSettings, PeerSignals
 from meshd.protocol import transport
@@ -48,7 +52,8 @@ def device_parts(
     shares: DescriptorShares,
 ) -> Parts:
     """Make the parts of this device's peer."""
-    capability = measured.capability
+    backend = make_backend(measured.capability.backend, measured.capability.threads)
+    capability = msgspec.structs.replace(measured.capability, weight_bits=weight_bits(backend.memory_bytes))
     folder, signals, table = StateFolder.open(config.state), PeerSignals(), PeerTable()
     incarnation = int.from_bytes(clock.random_bytes(8), "big") >> 1
     settings = _link_settings(config, sockets, shares)
@@ -80,7 +85,7 @@ def device_parts(
         telemetry=telemetry,
         capability=capability,
         measure_free_bytes=lambda: measure_memory().free_bytes,
-        backend=make_backend(capability.backend, capability.threads),
+        backend=backend,
         compute=ComputeThread(),
         links=peer_links,
         prober=prober,
@@ -89,6 +94,7 @@ def device_parts(
         weights=WeightProvider(peer_links, library, weight_sources, clock),
         devices=DeviceList(peer_links, folder),
         placements=Placements(folder),
+        layer_times=LayerTimesFile(StateFolder(config.cache)),
         trust=_trust(folder, identity, clock),
         supervisor=Supervisor(clock),
         sensors=DeviceSensors(clock),

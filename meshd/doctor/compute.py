@@ -8,10 +8,11 @@ import msgspec
 from meshd.agents.cluster_service import CheckResult
 from meshd.agents.device.memory import usable_cores
 from meshd.agents.device.probe import probe_key, run_module
-from meshd.agents.device.probe_record import CACHE_FILE, load_record
+from meshd.agents.device.probe_record import CACHE_FILE, ProbeRecord, load_record
 from meshd.display import flops, rate
 from meshd.doctor.check import Context, Found, ok, warning, wrong
 from meshd.kernels.registry import ACCELERATED, available_backends
+from meshd.numerics import UNKNOWN, NumericsId
 
 NUMERICS_S = 90.0
 """Deadline of a backend's small network. Most of the time is for loading its library: 2 to 20 s."""
@@ -24,6 +25,7 @@ class NumericsResult(msgspec.Struct, frozen=True, kw_only=True):
     """What a backend computed."""
 
     backend: str
+    numerics: NumericsId
     tokens: tuple[int, ...]
     expected: tuple[int, ...]
     error: Annotated[float, msgspec.Meta(ge=0)]
@@ -46,21 +48,24 @@ async def backends(context: Context) -> Found:
     if wanted not in (_AUTO, *installed, *ACCELERATED):
         return [wrong("backend", f"backend {wanted} is not installed here", f"start `meshd up` with `--backend {installed[0]}`")]
     names = installed if wanted == _AUTO else (context.config.wanted_backend,)
-    return [await _numerics(name, installed) for name in names]
+    record = _stored(context, names)
+    before = {trial.backend: trial.numerics for trial in record.trials} if record is not None else {}
+    threads = context.config.threads or usable_cores()
+    return [await _numerics(name, threads, installed, before.get(name, UNKNOWN)) for name in names]
 
 
-async def _numerics(name: str, installed: tuple[str, ...]) -> CheckResult:
+async def _numerics(name: str, threads: int, installed: tuple[str, ...], before: NumericsId) -> CheckResult:
     others = [each for each in installed if not name.startswith(each)]
     mend = f"start `meshd up` with `--backend {others[0]}`" if others else f"{sys.executable} -m pip install --upgrade meshd-edge"
     try:
-        status, output, errors = await run_module("meshd.doctor.numerics", name, 1, deadline_s=NUMERICS_S)
+        status, output, errors = await run_module("meshd.doctor.numerics", name, threads, deadline_s=NUMERICS_S)
     except TimeoutError:
         return wrong("backend", f"{name} did not compute a small network within {NUMERICS_S:.0f} s", mend, name)
-    return judge(name, output, errors, status, mend)
+    return judge(name, output, errors, status, mend, before)
 
 
-def judge(name: str, output: bytes, errors: bytes, status: int, mend: str) -> CheckResult:
-    """Judge what the process of `meshd.doctor.numerics` printed."""
+def judge(name: str, output: bytes, errors: bytes, status: int, mend: str, before: NumericsId = UNKNOWN) -> CheckResult:
+    """Judge what the process of `meshd.doctor.numerics` printed. `before`: the id that is stored for this device, if any."""
     try:
         result = msgspec.json.decode((output.splitlines() or [b""])[-1], type=NumericsResult)
     except msgspec.DecodeError:
@@ -69,15 +74,25 @@ def judge(name: str, output: bytes, errors: bytes, status: int, mend: str) -> Ch
     if not result.right:
         found = f"{name} computes wrong numbers: tokens {_list(result.tokens)} instead of {_list(result.expected)}"
         return wrong("backend", f"{found}, relative error {result.error:.2g}", mend, name)
+    if before and before != result.numerics:
+        found = f"{name} computes other bits than when this device was measured: {result.numerics}, not {before}"
+        return wrong("backend", f"{found}; other peers plan with the stored id", "meshd bench", name)
     return ok(
         "backend",
-        f"computes the reference's {len(result.tokens)} tokens (error {result.error:.1g}, in {result.seconds:.2f} s)",
+        f"computes the reference's {len(result.tokens)} tokens (error {result.error:.1g}, in {result.seconds:.2f} s); "
+        f"numerics {result.numerics}",
         name,
     )
 
 
 def _list(tokens: tuple[int, ...]) -> str:
     return ",".join(map(str, tokens))
+
+
+def _stored(context: Context, names: tuple[str, ...]) -> ProbeRecord | None:
+    """Load the stored measurement of this device with these backends."""
+    cores = usable_cores()
+    return load_record(context.config.cache, probe_key(cores, context.config.threads or cores, names))
 
 
 def speed(context: Context) -> Found:
@@ -89,9 +104,7 @@ def speed(context: Context) -> Found:
             msgspec.json.decode(path.read_bytes())
     except msgspec.DecodeError:
         return [warning("speed", f"{path} is torn, so this device will be measured again", "meshd bench")]
-    cores = usable_cores()
-    names = available_backends() if config.backend == _AUTO else (config.wanted_backend,)
-    record = load_record(config.cache, probe_key(cores, config.threads or cores, names))
+    record = _stored(context, available_backends() if config.backend == _AUTO else (config.wanted_backend,))
     if record is None:
         return [ok("speed", "not measured yet: the first `meshd up` or `meshd bench` does it")]
     failed = [

@@ -1,4 +1,5 @@
-"""Computes a small known network with a backend, and compares the answer with a plain numpy version of the same network.
+"""Computes a small known network with a backend, compares the answer with a plain numpy version of the same network, and measures
+the backend's numerics id.
 
 Runs in its own process, so that a library that crashes takes nothing with it: `python -m meshd.doctor.numerics BACKEND THREADS`
 prints one line of JSON.
@@ -13,17 +14,20 @@ import numpy.typing as npt
 
 from meshd.doctor.compute import NumericsResult
 from meshd.kernels.backend import Segment
-from meshd.kernels.kv import KVPool
+from meshd.kernels.kv.memory import KvKey, layout_of
 from meshd.kernels.measure import SyntheticWeights
+from meshd.kernels.numerics.measure_id import measure_numerics
 from meshd.kernels.reference import attend_part, rms_norm, rotate, swiglu
 from meshd.kernels.registry import make_backend
 from meshd.kernels.rope import rope_of
 from meshd.kernels.weights.load import dequantise_rows
-from meshd.types import LayerRange, ModelSpec
+from meshd.types import LayerRange, ModelId, ModelSpec
 
 F32 = npt.NDArray[np.float32]
 PROMPT: tuple[int, ...] = (3, 17, 42, 8, 25, 11, 60, 5)
 ANSWER_TOKENS = 8
+_KV_BYTES = 1 << 20
+"""The network below needs 64 KiB."""
 SPEC = ModelSpec(
     architecture="llama",
     layers=2,
@@ -91,15 +95,16 @@ def check(backend_name: str, threads: int) -> NumericsResult:
     """Compute the network with a backend and in numpy. Raises: ConfigError, OutOfMemory."""
     weights, whole = SyntheticWeights(SPEC, SEED), LayerRange(0, SPEC.layers)
     plain = PlainNetwork(SPEC, weights)
-    loaded = make_backend(backend_name, threads).load(SPEC, whole, weights, embedding=True, head=True)
-    stage, pool = loaded.stage(whole), KVPool(SPEC, whole, blocks=2)
-    table = pool.allocate(len(PROMPT) + ANSWER_TOKENS)
+    backend = make_backend(backend_name, threads)
+    loaded = backend.load(SPEC, whole, weights, embedding=True, head=True)
+    stage = loaded.stage(whole)
+    lease = backend.arena(_KV_BYTES).open(KvKey(ModelId(""), whole), layout_of(SPEC, whole), len(PROMPT) + ANSWER_TOKENS)
     ids, expected, tokens, error, taken_s = PROMPT, [], [], 0.0, 0.0
     new, start = PROMPT, 0
     for _ in range(ANSWER_TOKENS):
         began = time.perf_counter()
-        hidden = stage.forward(stage.embed(np.array(new, np.int32)), [Segment(table, start, len(new))], pool)
-        scores = stage.logits(hidden[-1:])[0]
+        hidden = stage.forward(stage.embed(np.array(new, np.int32)), [Segment(lease, start, len(new))])
+        scores = stage.logits(stage.rows(hidden, len(new) - 1, len(new)))[0]
         taken_s += time.perf_counter() - began
         right = plain.logits(ids)
         error = max(error, float(np.max(np.abs(scores - right)) / np.max(np.abs(right))))
@@ -109,7 +114,14 @@ def check(backend_name: str, threads: int) -> NumericsResult:
         new, start = (expected[-1],), len(ids)
         ids = (*ids, expected[-1])
     loaded.close()
-    return NumericsResult(backend=backend_name, tokens=tuple(tokens), expected=tuple(expected), error=error, seconds=taken_s)
+    return NumericsResult(
+        backend=backend_name,
+        numerics=measure_numerics(backend),
+        tokens=tuple(tokens),
+        expected=tuple(expected),
+        error=error,
+        seconds=taken_s,
+    )
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from meshd.models.files.gguf_header import uncomputed
 from meshd.models.sampling import sampling_from_gguf
 from meshd.models.text.tokenizer.document import huggingface_json
 from meshd.models.text.tokenizer.gguf_keys import TokenizerKeys
-from meshd.tensors import EXPERT_PROJECTIONS, HELD_BITS, ROPE_FACTORS, UNUSED, border_shapes, layer_shapes, rope_shape
+from meshd.tensors import EXPERT_PROJECTIONS, KINDS, ROPE_FACTORS, UNUSED, border_shapes, layer_shapes, rope_shape
 from meshd.types import ModelCard, ModelId, ModelSpec
 
 END_OF_ANSWER = frozenset(
@@ -52,6 +52,7 @@ def card_from_gguf(file: GgufFile, *, name: str, ref: str, model_id: ModelId, cr
     _check_tensors(file, spec)
     layers = [{part: file.tensors[f"blk.{layer}.{part}"] for part in layer_shapes(spec)} for layer in range(spec.layers)]
     head = _head_tensors(file)
+    weights = [_weights(layer.values()) for layer in layers]
     card = ModelCard(
         id=model_id,
         name=name,
@@ -65,8 +66,8 @@ def card_from_gguf(file: GgufFile, *, name: str, ref: str, model_id: ModelId, cr
         head_parameters=_parameters(head),
         end_of_sequence=end_of_sequence(file.metadata),
         created=created,
-        layer_memory_bytes=tuple(_held_bytes(layer.values()) for layer in layers),
-        head_memory_bytes=_held_bytes(head),
+        layer_weights={kind: tuple(counts[kind] for counts in weights) for kind in sorted(set().union(*weights))},
+        head_weights=dict(_weights(head)),
         sampling=sampling_from_gguf(file.metadata),
     )
     _check_bounds(file.name, card)
@@ -119,7 +120,7 @@ def _check_tensors(file: GgufFile, spec: ModelSpec) -> None:
     for name, shape in expected.items():
         if file.tensors[name].shape != shape:
             raise ModelFileError(f"{file.name} can't be run: tensor {name} has shape {file.tensors[name].shape}, not {shape}")
-        if file.tensors[name].kind not in HELD_BITS:
+        if file.tensors[name].kind not in KINDS:
             raise uncomputed(file.name, name, file.tensors[name].kind)
 
 
@@ -154,8 +155,12 @@ def _bytes(tensors: Iterable[TensorInfo]) -> int:
     return sum(info.nbytes for info in tensors)
 
 
-def _held_bytes(tensors: Iterable[TensorInfo]) -> int:
-    return math.ceil(sum(math.prod(info.shape) * HELD_BITS.get(info.kind, 32.0) / 8 for info in tensors))
+def _weights(tensors: Iterable[TensorInfo]) -> Counter[str]:
+    """Count weights by kind."""
+    counts: Counter[str] = Counter()
+    for info in tensors:
+        counts[info.kind] += math.prod(info.shape)
+    return counts
 
 
 def _used_parameters(layer: Mapping[str, TensorInfo], spec: ModelSpec) -> int:

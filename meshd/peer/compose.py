@@ -23,6 +23,7 @@ from meshd.agents.placement.free_memory import FreeMemory
 from meshd.agents.placement.keeper import Keeper
 from meshd.agents.placement.loader import Loader
 from meshd.agents.placement.preload import Preload
+from meshd.agents.placement.ready.stages import SharedStages
 from meshd.agents.placement.resident import HoldingChanges, ResidentModels
 from meshd.agents.placement.restart.restore import Restorer
 from meshd.agents.placement.weights.serve import RateLimiter, WeightServer
@@ -35,28 +36,34 @@ from meshd.agents.session.plan.drain import Drainer
 from meshd.agents.session.plan.move import Mover
 from meshd.agents.session.plan.retry import PlanRetrier
 from meshd.agents.session.plan.route import Router
+from meshd.agents.stage.batch.learning import StepLearning
 from meshd.agents.stage.host import StageHost
-from meshd.agents.stage.learning import StepLearning
 from meshd.agents.trust.exchange import TrustExchange
 from meshd.models.cards import shown_to_peers
 from meshd.peer.parts import Parts
 from meshd.peer.peer import Peer
-from meshd.types import Advert, DeviceStatus, PeerId, SessionId
+from meshd.types import Advert, DeviceStatus, ModelId, ModelSpec, PeerId, SessionId
 
 
 def compose(parts: Parts) -> Peer:
     """Construct a peer's agents and connect them. Must be called inside the event loop."""
     signals, settings, clock, links, library = parts.signals, parts.settings, parts.clock, parts.links, parts.library
     story, events, spans = Story(clock), EventStream(parts.me, parts.name, clock), Spans()
-    holdings, work = ResidentModels(), WorkMeter(events, clock)
+    holdings = ResidentModels(parts.backend.arena(parts.capability.memory_free_bytes), numerics=parts.capability.numerics)
+    work = WorkMeter(events, clock)
     memory = FreeMemory(parts.capability.memory_free_bytes, holdings, parts.measure_free_bytes, clock)
 
     def coordinates(session: SessionId) -> bool:
         return session in coordinator.answers
 
-    stages = _stages(parts, holdings, story, spans, work, coordinates)
+    def stages_changed() -> None:
+        memory.forget()
+        signals.sessions_changed()
+
+    shared_stages = SharedStages(holdings, memory.spare_bytes, stages_changed)
+    stages = _stages(parts, holdings, shared_stages, memory, story, spans, work, coordinates)
     drainer = Drainer(links=links, clock=clock, stages=lambda: stages.sessions, on_change=signals.changed)
-    loader = _loader(parts, holdings, memory, drainer)
+    loader = _loader(parts, holdings, shared_stages, memory, drainer)
     membership = _membership(parts, holdings, memory, stages, drainer, events)
     names, adverts = membership.name_of, membership.adverts
     placer = PlacementClient(links=links, library=library, adverts=adverts, names=names, clock=clock)
@@ -143,16 +150,24 @@ def _keeper(parts: Parts, membership: Membership) -> Keeper:
 def _stages(
     parts: Parts,
     holdings: ResidentModels,
+    shared_stages: SharedStages,
+    memory: FreeMemory,
     story: Story,
     spans: Spans,
     work: WorkMeter,
     coordinates: Callable[[SessionId], bool],
 ) -> StageHost:
     links = parts.links
+
+    def spec_of(model: ModelId) -> ModelSpec | None:
+        card = parts.library.cards().get(model)
+        return card.spec if card is not None else None
+
     return StageHost(
         me=parts.me,
         links=links,
         residents=holdings,
+        shared_stages=shared_stages,
         learning=StepLearning(parts.me, parts.capability.rates, parts.clock),
         compute=parts.compute,
         clock=parts.clock,
@@ -160,24 +175,28 @@ def _stages(
         story=story,
         spans=spans,
         work=work,
+        spec_of=spec_of,
+        spare_bytes=memory.spare_bytes,
         outputs_limit_bytes=parts.settings.outputs_limit_bytes,
         may_coordinate=lambda peer, session: coordinates(session) if peer == parts.me else peer in links.peers(),
         on_change=parts.signals.sessions_changed,
     )
 
 
-def _loader(parts: Parts, holdings: ResidentModels, memory: FreeMemory, drainer: Drainer) -> Loader:
+def _loader(parts: Parts, holdings: ResidentModels, shared_stages: SharedStages, memory: FreeMemory, drainer: Drainer) -> Loader:
     return Loader(
         links=parts.links,
         library=parts.library,
         weights=parts.weights,
         residents=holdings,
         backend=parts.backend,
+        stages=shared_stages,
         compute=parts.compute,
         clock=parts.clock,
         spare_bytes=memory.spare_bytes,
         on_change=parts.signals.layers_changed,
         placements=parts.placements,
+        layer_times=parts.layer_times,
         draining=lambda: drainer.draining,
     )
 
@@ -230,7 +249,7 @@ def _coordinator(
         clock,
         settings.mirror,
         take=partial(locator.fetch, take=True),
-        coordinated_elsewhere=locator.coordinated_elsewhere,
+        other_coordinator=locator.other_coordinator,
     )
     return parts.coordinator(
         me=parts.me,

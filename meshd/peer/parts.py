@@ -11,6 +11,7 @@ from meshd.agents.links.probe import LinkProber
 from meshd.agents.membership.fleet.devices import DeviceList
 from meshd.agents.membership.peer_table import PeerTable
 from meshd.agents.placement.model_library import ModelLibrary
+from meshd.agents.placement.ready.layer_times import LayerTimesFile
 from meshd.agents.placement.restart.placements import Placements
 from meshd.agents.placement.weights.provider import WeightProvider
 from meshd.agents.session.coordinator import Coordinator
@@ -93,6 +94,8 @@ class Parts:
     """The devices that may send jobs over MQTT."""
     placements: Placements
     """What was placed on this peer when it last ran."""
+    layer_times: LayerTimesFile
+    """What was measured of layers when they were loaded before."""
     trust: Trust
     supervisor: Supervisor
     sensors: DeviceSensors | None = None

@@ -40,7 +40,7 @@ from meshd.agents.session.plan.route import Router
 from meshd.agents.stage.host import StageHost
 from meshd.agents.supervisor import Supervisor
 from meshd.agents.trust.exchange import TrustExchange
-from meshd.protocol.messages import Error, HandedOver, HandOver, Token
+from meshd.protocol.messages import Ack, Error, HandedOver, HandOver, Tokens
 from meshd.types import PeerId
 
 log = getLogger(__name__)
@@ -103,7 +103,8 @@ class Peer:
         ):
             agent.register()
         self.locator.register(self.coordinator)
-        self.links.register(Token, self._on_token)
+        self.links.register(Tokens, self._on_tokens)
+        self.links.register(Ack, self._on_ack)
         self.links.register(HandOver, self._on_hand_over)
         self.links.register(Error, self._on_error)
 
@@ -165,10 +166,19 @@ class Peer:
         """
         await self.drainer.leave(timeout_s, on_waiting, answers=lambda: len(self.coordinator.answers))
 
-    def _on_token(self, sender: PeerId, message: Token, payload: memoryview) -> None:
-        # Stages come before the coordinator: the first stage must start its next step before the token is sent to the client.
-        self.stages.on_token(sender, message, payload)
-        self.coordinator.on_token(sender, message, payload)
+    def _on_tokens(self, sender: PeerId, message: Tokens, payload: memoryview) -> None:
+        # The next batch is chosen after all tokens of this one have come to their first stages, and before they are sent to the
+        # clients: the compute thread waits for it.
+        if self.stages.on_tokens(sender, message, payload):
+            asyncio.get_running_loop().call_soon(self.coordinator.on_tokens, sender, message, payload)
+        else:
+            self.coordinator.on_tokens(sender, message, payload)
+
+    def _on_ack(self, sender: PeerId, message: Ack, payload: memoryview) -> None:
+        if message.stage:
+            self.stages.on_ack(sender, message)
+        else:
+            self.coordinator.on_ack(sender, message)
 
     def _on_hand_over(self, sender: PeerId, message: HandOver, payload: memoryview) -> HandedOver:
         has_kv, has_record = self.stages.on_hand_over(sender, message), self.deputy.on_hand_over(sender, message)

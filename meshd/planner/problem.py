@@ -1,8 +1,11 @@
 """The planner's input: one planning problem."""
 
+from collections.abc import Sequence
+
 import msgspec
 
 from meshd.errors import NoPeer
+from meshd.numerics import NumericsId
 from meshd.planner.network import Network
 from meshd.planner.profile import PREFILL_CHUNK_TOKENS, PeerProfile
 from meshd.types import LayerRange, ModelCard, Objective, PeerId, StagePlan
@@ -52,6 +55,10 @@ class PlanInput(msgspec.Struct, frozen=True, kw_only=True):
     def activation_bytes(self) -> int:
         """Bytes of one token's hidden state on the wire."""
         return self.card.hidden_bytes_per_token(self.wire_element_bytes)
+
+    def numerics(self, stages: Sequence[StagePlan]) -> tuple[NumericsId, ...]:
+        """Return the id of each stage's peer, in order. Raises: NoPeer."""
+        return tuple(self.profile(stage.peer).numerics for stage in stages)
 
     def profile(self, peer: PeerId) -> PeerProfile:
         """Return the profile of a peer. Raises: NoPeer."""

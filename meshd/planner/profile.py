@@ -6,6 +6,7 @@ from typing import Literal
 
 import msgspec
 
+from meshd.numerics import UNKNOWN, NumericsId
 from meshd.types import Advert, Holding, ModelId, PeerId, Rates
 
 USABLE_STATE = "active"
@@ -53,6 +54,8 @@ class PeerProfile(msgspec.Struct, frozen=True, kw_only=True):
     rates: Rates
     memory_free_bytes: int
     """Memory that meshd may still use on the peer. Idle standby copies of other models count as free."""
+    numerics: NumericsId = UNKNOWN
+    """How the peer computes. Peers with equal ids compute equal bits."""
     threads: int = 1
     roles: tuple[str, ...] = ("compute", "attention", "storage")
     power_w: float | None = None
@@ -65,6 +68,8 @@ class PeerProfile(msgspec.Struct, frozen=True, kw_only=True):
     """Time of a step on the peer beside its computation."""
     hypothetical: bool = False
     """True for a what-if peer, whose rates are assumed."""
+    weight_bits: dict[str, float] = {}
+    """Bits that a weight of each kind takes in the memory of the peer's backend. Empty: as many as in the file."""
     draining: bool = False
     """The peer is about to leave and takes no new work."""
     stored: bool = False
@@ -146,9 +151,11 @@ def _profile(advert: Advert, model: ModelId, kv_bytes: Mapping[ModelId, int], de
             holding.weight_bytes + holding.kv_tokens_total * len(holding.layers) * kv_bytes.get(holding.model, 0)
             for holding in idle_copies
         ),
+        numerics=capability.numerics,
         threads=capability.threads,
         roles=capability.roles,
         power_w=capability.power_w,
+        weight_bits=capability.weight_bits,
         holdings=tuple(holding for holding in advert.holdings if holding.model == model),
         decode_factor=factor_of(advert.learned.decode, context_class(decode_at)),
         prefill_factor=factor_of(

@@ -7,11 +7,11 @@ not send has a default. A message with an unknown type number is answered with E
 The messages of one session:
 
     coordinator --OPEN--> every stage's peer            --OPENED--> coordinator
-    coordinator --PROMPT--> first stage                 (token ids; one per prefill chunk)
-    stage i --ACTIVATION--> stage i+1                   (hidden states)
-    stage i+1 --TAKEN--> stage i                        (prefill: one more step may be sent)
-    last stage --TOKEN--> first stage and coordinator
-    coordinator --CREDIT--> first stage                 (the limit of decoding ahead of the client)
+    coordinator --STEPS--> first stage                  (token ids: all known tokens, once)
+    stage i --STEPS--> stage i+1                        (hidden states of one or several sessions)
+    stage i+1 --ACK--> stage i                          (steps that arrived, and how many more may be sent)
+    last stage --TOKENS--> first stage and coordinator
+    coordinator --ACK--> last stage                     (tokens that arrived, and the limit of decoding ahead of the client)
     coordinator --RENEW--> every stage's peer           (the lease)
     any stage --FAILED--> coordinator
     coordinator --CLOSE--> every stage's peer           --CLOSED--> coordinator
@@ -20,8 +20,8 @@ A later epoch (after a loss, or to move a stage) reuses existing KV:
 
     coordinator --OPEN(resume)--> every stage's peer    --OPENED(held, outputs kept)--> coordinator
     coordinator --RESUME(start, send_from)--> every stage's peer
-    coordinator --PROMPT--> first stage                 (the known tokens from the first stage's start)
-    stage i --ACTIVATION--> stage i+1                   (kept outputs from send_from to start, then as computed)
+    coordinator --STEPS--> first stage                  (the known tokens from the first stage's start)
+    stage i --STEPS--> stage i+1                        (kept outputs from send_from to start, then as computed)
 
 A copy of a stage's KV on another peer (as a mirror, or to prepare a move):
 
@@ -65,13 +65,12 @@ from meshd.protocol.messages.journal import (
     SessionData,
     SessionFound,
 )
-from meshd.protocol.messages.link import Error, Goodbye, Heartbeat, HeartbeatAck, Hello, Probe, ProbeAck
+from meshd.protocol.messages.link import Error, Goodbye, Heartbeat, HeartbeatAck, Hello, Probe, ProbeAck, Received
 from meshd.protocol.messages.membership import FetchHeader, FetchProfile, HeaderData, MqttDevices, PeerStatus, ProfileData
 from meshd.protocol.messages.placement import Drain, Drained, Place, Placed, Unplace, Unplaced
 from meshd.protocol.messages.session import (
     Close,
     Closed,
-    Credit,
     Failed,
     FetchProgress,
     HandedOver,
@@ -84,7 +83,7 @@ from meshd.protocol.messages.session import (
     RunningStep,
     StageProgress,
 )
-from meshd.protocol.messages.steps import Activation, Prompt, Taken, Token
+from meshd.protocol.messages.steps import STEP_WINDOW, Ack, Step, StepKind, Steps, Tokens, TokensFinish
 from meshd.protocol.messages.trust import GiveOwnerKey, OwnerKeyTaken, Rotation
 from meshd.protocol.messages.weights import FetchManifest, FetchWeights, ManifestData, WeightData
 
@@ -93,12 +92,12 @@ __all__ = [
     "MAX_ATTEMPTS",
     "PROTOCOL_VERSION",
     "REGISTRY",
-    "Activation",
+    "STEP_WINDOW",
+    "Ack",
     "CheckReach",
     "Close",
     "Closed",
     "CopyExpected",
-    "Credit",
     "DialAttempt",
     "Drain",
     "Drained",
@@ -150,8 +149,8 @@ __all__ = [
     "ProbeAck",
     "ProfileData",
     "ProgressData",
-    "Prompt",
     "ReachChecked",
+    "Received",
     "Renew",
     "Reply",
     "Request",
@@ -163,9 +162,12 @@ __all__ = [
     "SessionFound",
     "SessionMessage",
     "StageProgress",
+    "Step",
+    "StepKind",
+    "Steps",
     "StoryData",
-    "Taken",
-    "Token",
+    "Tokens",
+    "TokensFinish",
     "TraceData",
     "Unplace",
     "Unplaced",

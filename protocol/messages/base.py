@@ -9,7 +9,7 @@ import msgspec
 from meshd.bounds import MAX_TEXT, Epoch, Serial, printable
 from meshd.types import SessionId
 
-PROTOCOL_VERSION = (3, 1)
+PROTOCOL_VERSION = (4, 0)
 """(major, minor). Peers of different major versions refuse each other. A higher minor version only adds to the protocol."""
 
 FEATURES: frozenset[str] = frozenset({"f32", "events", "mqtt"})

@@ -9,7 +9,7 @@ from meshd.types import LayerRange, ModelId, PeerId, SessionId
 
 @message(68)
 class ExpectCopy(Request, frozen=True, kw_only=True):
-    """Reserve KV for a copy of a session's layers, which `source` will send. The receiver must hold these layers.
+    """Reserve KV for a copy of a session's layers, which `source` will send. The receiver need not hold these layers.
 
     From the session's coordinator to the target of a copy. The target takes KV from no peer that the coordinator did not name.
     A repeat gets the same answer.
@@ -80,7 +80,7 @@ class KvAccepted(Reply, frozen=True, kw_only=True):
 
 @message(64)
 class KvBlocks(SessionMessage, frozen=True, kw_only=True):
-    """Payload: KV of positions `[position, position + tokens)`, f32 `[layers, 2, tokens, kv_heads, head_dim]`."""
+    """Payload: what the layers hold of positions `[position, position + tokens)`, with its kind (SPEC.md, section 10)."""
 
     default_lane: ClassVar[Lane] = Lane.BULK
     layers: LayerRange

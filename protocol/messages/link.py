@@ -6,6 +6,9 @@ from meshd.bounds import MAX_LISTED, Count, Label, PeerName, Port, Rate, Serial,
 from meshd.protocol.messages.base import Lane, Message, Reply, Request, make_printable, message
 from meshd.types import PeerId, SessionId
 
+Arrived = tuple[Serial, Serial]
+"""How many messages have arrived on the control lane and on the bulk lane since the first link of the history."""
+
 
 @message(1)
 class Hello(Message, frozen=True, kw_only=True):
@@ -26,6 +29,12 @@ class Hello(Message, frozen=True, kw_only=True):
     max_payload: Count
     port: Port
     """TCP port on which the sender listens for links."""
+    history: Serial = 0
+    """Number of the first of the links that broke and are to be restored by this one. 0: nothing is restored."""
+    lost: Serial = 0
+    """Number of the latest of these links."""
+    received: Arrived = (0, 0)
+    """Messages that the sender has received over them."""
 
 
 @message(2)
@@ -51,6 +60,7 @@ class Heartbeat(Message, frozen=True, kw_only=True):
     sequence: Serial
     sent_ns: Serial
     """Reading of the sender's monotonic clock. The answer repeats it."""
+    received: Arrived = (0, 0)
 
 
 @message(4)
@@ -83,3 +93,10 @@ class Probe(Request, frozen=True, kw_only=True):
 @message(7)
 class ProbeAck(Reply, frozen=True, kw_only=True):
     """The whole payload of a PROBE has arrived."""
+
+
+@message(8)
+class Received(Message, frozen=True, kw_only=True):
+    """Messages have arrived, so that their sender need not keep them any longer."""
+
+    received: Arrived

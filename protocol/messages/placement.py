@@ -3,6 +3,7 @@
 from typing import ClassVar
 
 from meshd.bounds import Count, Millis, Size, Text, Tokens
+from meshd.numerics import UNKNOWN, NumericsId
 from meshd.protocol.messages.base import Reply, Request, message
 from meshd.types import LayerRange, ModelId
 
@@ -22,6 +23,8 @@ class Place(Request, frozen=True, kw_only=True):
     not a standby copy may displace it. A PLACE of the same layers without `standby` makes it an ordinary load."""
     pinned: bool = False
     """A user chose this peer for the layers, so they are not moved to a faster one."""
+    numerics: NumericsId = UNKNOWN
+    """How the sender expects the receiver to compute. A receiver with another id refuses. Empty: in any way."""
 
 
 @message(33)

@@ -11,7 +11,7 @@ from meshd.types import PeerId, Plan, SamplingParams, SessionId
 
 @message(48)
 class Open(Request, frozen=True, kw_only=True):
-    """Reserve KV for a session's stage and prepare for its steps. A repeat of the same epoch gets the same answer."""
+    """Reserve KV for a session's stage at once, and prepare it for its steps. A repeat of the same epoch gets the same answer."""
 
     session: SessionId
     epoch: Epoch
@@ -25,8 +25,10 @@ class Open(Request, frozen=True, kw_only=True):
     """For the last stage, which samples; the others get none."""
     ignore_eos: bool = False
     lease_ms: Millis
+    deadline_ms: Millis
+    """How long the stage may take to prepare, from the receipt of this message on."""
     credit: Tokens
-    """Answer tokens that may be generated before the first CREDIT."""
+    """For the first and the last stage: answer tokens that may be made before the first ACK of the coordinator."""
     answered: Tokens = 0
     """Answer tokens that are known already. Payload, for the last stage if its sampler needs them: all known tokens,
     `i32[prompt_tokens + answered]`."""
@@ -49,6 +51,8 @@ class Opened(Reply, frozen=True, kw_only=True):
     kept_from: Tokens = 0
     """The stage's outputs for positions `[kept_from, kept_to)` are kept and can be sent again."""
     kept_to: Tokens = 0
+    held_from: Tokens = 0
+    """The stage can start at a position from `held_from` to `held`, or at 0: layers with a window keep no KV far behind it."""
 
 
 @message(59)
@@ -60,15 +64,6 @@ class Resume(SessionMessage, frozen=True, kw_only=True):
     """Position of the first token that this stage computes. The stage's KV before it is valid."""
     send_from: Tokens
     """First position whose output the next stage needs. Kept outputs are sent for `[send_from, start)`."""
-
-
-@message(53)
-class Credit(SessionMessage, frozen=True, kw_only=True):
-    """Answer tokens up to `index` (exclusive) may be generated."""
-
-    index: Tokens
-    hold: bool = False
-    """Replace higher credits granted before: the plan is about to change."""
 
 
 @message(54)

@@ -1,62 +1,122 @@
-"""Messages of a session's steps, from the prompt to the tokens."""
+"""Messages of a session's steps, from the prompt to the tokens (SPEC.md, section 8)."""
 
-from typing import ClassVar
+from enum import StrEnum
+from typing import Annotated
 
-from meshd.bounds import StageIndex, TokenId, Tokens, Width, Word
-from meshd.protocol.messages.base import Lane, SessionMessage, message
-from meshd.types import TokenLogprobs
+import msgspec
+
+from meshd import bounds
+from meshd.bounds import (
+    MAX_BATCH,
+    MAX_VERIFIED,
+    Count,
+    Epoch,
+    Size,
+    StageCount,
+    StageIndex,
+    StepTokens,
+    TokenId,
+    at_most,
+    from_one_to,
+)
+from meshd.protocol.messages.base import Lane, Message, SessionMessage, message
+from meshd.types import SessionId, TokenLogprobs
+
+STEP_WINDOW = 4
+"""Steps that OPEN allows the sender of an edge to send before the first ACK. The receiver has room for this many of the longest
+steps, so it bounds the memory of a session at a stage: 4 chunks of 128 tokens of a 4,096 wide model are 8 MiB."""
 
 
-@message(50)
-class Prompt(SessionMessage, frozen=True, kw_only=True):
-    """Payload: token ids, `i32[tokens]`. One prefill chunk for the first stage."""
+class TokensFinish(StrEnum):
+    """Why an answer ends with a token."""
 
-    default_lane: ClassVar[Lane] = Lane.BULK
-    step: Tokens
-    """Position of the chunk's first token, which is the step's number."""
-    tokens: Tokens
-    last: bool
-    """This chunk contains the last known token, and the last stage samples after it."""
+    STOP = "stop"
+    """The token ends the sequence."""
+    LENGTH = "length"
 
 
-@message(51)
-class Activation(SessionMessage, frozen=True, kw_only=True):
-    """Payload: hidden states `[tokens, hidden]`, row-major, little-endian, of `dtype`."""
+class StepKind(StrEnum):
+    """What a step is for. It decides the lane, never the size, so that steps of one kind do not overtake one another."""
 
-    step: Tokens
+    PREFILL = "prefill"
+    """A chunk of tokens that were known when the epoch began."""
+    DECODE = "decode"
+    """One token, which the last stage has sampled."""
+    VERIFY = "verify"
+    """A token and guesses of those after it. The last stage samples after each, and stops where a guess was wrong."""
+    REFILL = "refill"
+    """Known positions whose KV is missing at the receiver. It computes them, and sends nothing on."""
+
+    @property
+    def lane(self) -> Lane:
+        """Prefill and refill steps are large. A decode step begins after every stage has computed the last prefill step."""
+        return Lane.BULK if self in (StepKind.PREFILL, StepKind.REFILL) else Lane.CONTROL
+
+
+class Step(msgspec.Struct, frozen=True, kw_only=True):
+    """One unit of work of a session at a stage. (session, epoch, stage, seq) names it."""
+
+    session: SessionId
+    epoch: Epoch
     stage: StageIndex
     """The receiving stage."""
-    tokens: Tokens
-    hidden: Width
-    dtype: Word
-    sample: bool
-    prefill: bool = False
-    """The step's tokens were known when the epoch began. All prefill steps take the bulk lane, so that a short one never overtakes
-    a long one. A decode step takes the control lane: it begins after every stage has computed the last prefill step."""
+    seq: Count
+    """0, 1, 2, ...: counted by the sender of this edge, for each session and epoch."""
+    start: bounds.Tokens
+    """Position of the first token. If the stage has computed positions from here on, their KV is replaced."""
+    tokens: StepTokens
+    kind: StepKind
+    sample: bounds.Tokens = 0
+    """After how many of its last rows the last stage samples."""
+    committed: bounds.Tokens
+    """No later step of this epoch begins before this position."""
+    size: Size
+    """Bytes of the frame's payload that belong to this step, after those of the steps before it."""
+    ids: Annotated[tuple[TokenId, ...], at_most(MAX_VERIFIED)] = ()
+    """VERIFY only: the ids of the step's tokens, which the last stage compares with those that it samples."""
+
+
+@message(72)
+class Steps(Message, frozen=True, kw_only=True):
+    """Steps of one or several sessions, of kinds that share a lane.
+
+    Payload: for each step, token ids `i32[tokens]` for a first stage, otherwise hidden states `[tokens, hidden]` in the plan's wire
+    dtype, row-major, little-endian.
+    """
+
+    steps: Annotated[tuple[Step, ...], from_one_to(MAX_BATCH)]
 
     @property
     def send_lane(self) -> Lane:
-        return Lane.BULK if self.prefill else Lane.CONTROL
+        return self.steps[0].kind.lane
 
 
-@message(58)
-class Taken(SessionMessage, frozen=True, kw_only=True):
-    """A stage has begun this prefill step, so the previous stage may send one more. This bounds the steps in transit."""
+@message(73)
+class Ack(SessionMessage, frozen=True, kw_only=True):
+    """The receiver of an edge has begun or dropped steps, so that its sender may send more.
 
-    step: Tokens
-    stage: StageIndex
+    From a stage to the one before it. From the coordinator to the first and the last stage, where it counts answer tokens instead
+    of steps: how many may be made.
+    """
+
+    stage: StageCount
+    """The stage that sends this; for the coordinator, the number of stages."""
+    next_seq: bounds.Tokens
+    """All steps before this number have arrived."""
+    credit: bounds.Tokens
+    """Steps before this number may be sent. The newest ACK counts, also if it allows less: a coordinator stops an answer like that
+    before it changes the plan."""
 
 
-@message(52)
-class Token(SessionMessage, frozen=True, kw_only=True):
-    """A token that the last stage sampled. It is sent to the coordinator, and to the first stage as its next step."""
+@message(74)
+class Tokens(SessionMessage, frozen=True, kw_only=True):
+    """Tokens that the last stage sampled after one step: to the coordinator, and to the first stage, which makes its next step of
+    the last one."""
 
-    step: Tokens
-    """The step after which the token was sampled."""
-    index: Tokens
-    """Index in the answer, from 0."""
-    token: TokenId
-    logprobs: TokenLogprobs | None = None
-    final: bool = False
-    finish: Word = ""
-    """`stop` (end of sequence) or `length`, if final."""
+    index: bounds.Tokens
+    """Index in the answer of the first one, from 0. It names the message: what is known already is dropped."""
+    tokens: Annotated[tuple[TokenId, ...], from_one_to(MAX_VERIFIED)]
+    logprobs: Annotated[tuple[TokenLogprobs, ...], at_most(MAX_VERIFIED)] = ()
+    """One for each token, if the request asked for them."""
+    finish: TokensFinish | None = None
+    """Why the answer ends with the last of these tokens. None: the answer continues."""

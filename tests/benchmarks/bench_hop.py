@@ -18,7 +18,7 @@ from pathlib import Path
 from meshd.agents.links.links import Links, LinkSettings
 from meshd.clock import SystemClock
 from meshd.protocol.identity import ClusterKey, load_identity
-from meshd.protocol.messages import Activation, Hello
+from meshd.protocol.messages import Hello, Step, StepKind, Steps
 from meshd.protocol.transport import Address
 from meshd.state import StateFolder
 from meshd.types import PeerId, SessionId
@@ -26,17 +26,20 @@ from meshd.types import PeerId, SessionId
 _WARM_UP = 300
 
 
-def _activation(step: int, payload_bytes: int) -> Activation:
-    return Activation(
+def _step(seq: int, payload_bytes: int) -> Steps:
+    step = Step(
         session=SessionId("0" * 32),
         epoch=1,
-        step=step,
         stage=1,
+        seq=seq,
+        start=seq,
         tokens=1,
-        hidden=payload_bytes // 4,
-        dtype="f32",
-        sample=False,
+        kind=StepKind.DECODE,
+        sample=1,
+        committed=seq + 1,
+        size=payload_bytes,
     )
+    return Steps(steps=(step,))
 
 
 def _links(folder: Path, key: ClusterKey, on_up: "asyncio.Queue[PeerId]") -> Links:
@@ -53,7 +56,7 @@ def _links(folder: Path, key: ClusterKey, on_up: "asyncio.Queue[PeerId]") -> Lin
 
 async def _serve(folder: Path, key: ClusterKey) -> None:
     links = _links(folder, key, asyncio.Queue())
-    links.register(Activation, lambda peer, message, payload: links.send(peer, message, payload))
+    links.register(Steps, lambda peer, message, payload: links.send(peer, message, payload))
     print(links.bind(), flush=True)
     with contextlib.suppress(asyncio.CancelledError):
         await links.run()
@@ -72,9 +75,9 @@ async def _measure(folder: Path, key: ClusterKey, port: int, count: int, payload
     def send_next(peer: PeerId) -> None:
         nonlocal sent
         sent = now()
-        links.send(peer, _activation(len(hops), payload_bytes), payload)
+        links.send(peer, _step(len(hops), payload_bytes), payload)
 
-    def echoed(peer: PeerId, message: Activation, data: memoryview) -> None:
+    def echoed(peer: PeerId, message: Steps, data: memoryview) -> None:
         hops.append((now() - sent) / 2)
         if len(hops) < count + _WARM_UP:
             # Send in a later iteration of the event loop, not from this handler: a stage too sends only after computing.
@@ -82,7 +85,7 @@ async def _measure(folder: Path, key: ClusterKey, port: int, count: int, payload
         else:
             done.set()
 
-    links.register(Activation, echoed)
+    links.register(Steps, echoed)
     async with asyncio.TaskGroup() as group:
         group.create_task(links.run())
         links.connect("127.0.0.1", port, "static")

@@ -8,20 +8,23 @@ of single-token steps.
 
 import argparse
 import statistics
+import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import psutil
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "lib"))
+
 from meshd.kernels.backend import Segment, Stage, WeightSource
-from meshd.kernels.kv import KVPool
 from meshd.kernels.measure import SyntheticWeights, measure
 from meshd.kernels.registry import available_backends, make_backend
-from meshd.kernels.sampler import Sampler
+from meshd.kernels.sampling.sampler import Sampler
 from meshd.models.cards import card_from_gguf
 from meshd.models.files.gguf import GgufFile
 from meshd.types import LayerRange, ModelId, ModelSpec, SamplingParams
+from tiny.kv import make_lease
 
 SMOLLM2 = ModelSpec(
     architecture="llama",
@@ -48,20 +51,19 @@ def open_model(path: Path | None) -> tuple[ModelSpec, WeightSource]:
 
 
 def bench_context(stage: Stage, spec: ModelSpec, context: int) -> str:
-    pool = KVPool(spec, stage.layers, blocks=-(-(context + STEPS) // 32))
-    table, sampler = pool.allocate(context + STEPS), Sampler(SamplingParams(temperature=0))
+    lease, sampler = make_lease(spec, stage.layers, context + STEPS), Sampler(SamplingParams(temperature=0))
     ids = np.random.default_rng(0).integers(0, spec.vocab, context).astype(np.int32)
     started = time.perf_counter()
     for start in range(0, context, CHUNK):
         chunk = ids[start : start + CHUNK]
-        hidden = stage.forward(stage.embed(chunk), [Segment(table, start, len(chunk))], pool)
+        hidden = stage.forward(stage.embed(chunk), [Segment(lease, start, len(chunk))])
     prefill = context / (time.perf_counter() - started)
     layers, head = [], []
     for step in range(STEPS):
         started = time.perf_counter()
         token, _ = sampler.pick(stage.logits(hidden[-1:])[0], context + step)
         head.append(time.perf_counter() - started)
-        hidden = stage.forward(stage.embed(np.array([token], np.int32)), [Segment(table, context + step, 1)], pool)
+        hidden = stage.forward(stage.embed(np.array([token], np.int32)), [Segment(lease, context + step, 1)])
         layers.append(time.perf_counter() - started - head[-1])
     layers_ms, head_ms = (1e3 * statistics.median(times[2:]) for times in (layers, head))
     decode = 1e3 / (layers_ms + head_ms)

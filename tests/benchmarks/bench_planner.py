@@ -54,7 +54,7 @@ def main() -> None:
 def cluster(rng: random.Random, count: int, layers: int, *, tight: bool) -> PlanInput:
     """Make peers whose speeds differ by up to six times. `tight`: together they have twice the memory that the layers take."""
     card = make_card(layers)
-    memory = memory_table(make_problem(make_peer("x"), card=card))
+    memory = memory_table(make_problem(make_peer("x"), card=card), make_peer("x"))
     middle, spread = float(memory[1, 2]), 2 * float(memory[0, layers] - memory[1, 2]) / count
     peers = [
         make_peer(

@@ -1,11 +1,12 @@
 """Inject faults of every kind into a mesh of real daemons while clients use it. Each answer must equal that of an undisturbed mesh.
 
-    python tests/chaos/run.py --seed 1 [--peers 5] [--clients 4] [--faults 200] [--minutes 60] [--short] [--keep DIR]
+    python tests/chaos/run.py --seed 1 [--peers 5] [--clients 8] [--faults 200] [--minutes 60] [--short] [--keep DIR]
 
 Uses hosts in network namespaces if it can. Otherwise it prints why not, and its faults hit only processes, not links. The seed
 determines the requests and the kinds, order and severity of the faults. Which peer is hit depends on which peers work at that
-moment. Prints a table of pauses, and what each daemon holds after 15 s without clients. If an answer is wrong or does not end, or
-something leaks, the exit status is 1, the stories of the sessions concerned are printed, and the daemons' logs are kept.
+moment. Prints a table of pauses, and what each daemon holds after 15 s without clients. If an answer is wrong or does not end,
+something leaks, or a peer without a fault is blamed, the exit status is 1, the stories of the sessions concerned are printed, and
+the daemons' logs are kept.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from types import FrameType
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "lib"))
 
+from chaos.blame import wrong_blame
 from chaos.clients import ClientPool, ClientRequest, make_long, make_specs, stages_over, with_stop
 from chaos.faults import FaultInjector
 from chaos.repairs import DRAIN_S, FAST, InjectedFault, Repairs
@@ -49,8 +51,10 @@ class Run:
         self._started = time.monotonic()
         self._undisturbed: dict[str, Answer] = {}
         """Answers from before the first fault, by the name of their request."""
+        self._names = {str(row["id"]): str(row["name"]) for host in mesh for row in host.rows("peers")}
         self._problems: list[str] = []
         self._injector: FaultInjector
+        self._repairs: Repairs
         self._print_lock = threading.Lock()
 
     def say(self, text: str) -> None:
@@ -68,7 +72,7 @@ class Run:
         before = read_all(self._mesh)
         for name, reading in before.items():
             self.say(f"before: {name}: {reading}")
-        repairs = Repairs(self._mesh, self.say)
+        repairs = self._repairs = Repairs(self._mesh, self.say)
         clients = ClientPool(self._mesh.site, specs, repairs.healthy, self._judge, options.seed)
         injector = self._injector = FaultInjector(self._mesh, clients, repairs, long, self.say)
         schedule = make_schedule(options.seed, options.faults, network=self._mesh.site.has_network)
@@ -124,8 +128,9 @@ class Run:
     def _judge(self, request: ClientRequest) -> None:
         """Compare an answer with the undisturbed one. A client's thread calls this for each answer that has ended."""
         spec, answer = request.answer.spec, request.answer
-        if any(answer.session in one.hit for one in self._injector.injected):
-            request.story = self._mesh.story(answer.session)
+        request.story = self._mesh.story(answer.session)
+        for blame in wrong_blame(request.story, request.ended_at, self._names, self._repairs.times):
+            self._wrong(f"{spec.name} (session {answer.session}): {blame}", request)
         if request.problem:
             self._wrong(f"{spec.name} (session {answer.session}): {request.problem}", request)
         elif differences := answer.differences_from(self._undisturbed[spec.name]):
@@ -181,7 +186,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6), help="default: a new one")
     parser.add_argument("--peers", type=int, default=5)
-    parser.add_argument("--clients", type=int, default=4)
+    parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--faults", type=int, default=200)
     parser.add_argument("--minutes", type=float, default=90.0, help="start no new fault after this time")
     parser.add_argument("--short", action="store_true", help="fewer and shorter requests, for a run of a minute")

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from chaos.blame import FaultTimes, wrong_blame
 from chaos.clients import ClientRequest, make_specs
 from chaos.repairs import InjectedFault
 from chaos.schedule import DOUBLE, NETWORK, Kind, make_schedule
@@ -95,3 +96,30 @@ def test_leaks_of_sessions_kv_sockets_and_memory_are_reported() -> None:
     )
     found = "; ".join(leaks({"h1": empty, "h2": loaded}, {"h1": left}))
     assert all(part in found for part in ("1 sessions", "32 KV tokens", "20 sockets", "900 MiB"))
+
+
+def story(*rows: tuple[float, str, str, str | list[str] | None]) -> list[dict[str, Any]]:
+    """Make a story of (seconds since its begin, name of the peer that tells it, what, ids of the peers that it blames)."""
+    return [{"at_s": at_s, "name": name, "what": what, "reason": "no answer", "blame": blame} for at_s, name, what, blame in rows]
+
+
+def test_only_peers_with_a_fault_may_be_blamed() -> None:
+    faults = FaultTimes()
+    faults.begins("h2", 110.0)
+    faults.ends("h2", 120.0)
+    names = {"id1": "h1", "id2": "h2", "id3": "h3"}
+
+    def wrong(*rows: tuple[float, str, str, str | list[str] | None]) -> list[str]:
+        return wrong_blame(story(*rows, (60.0, "h1", "length", None)), 160.0, names, faults)
+
+    assert wrong((0.0, "h1", "planned", None), (12.0, "h1", "lost", ["id2"]), (23.0, "h3", "failed", "id2")) == []
+    assert wrong((15.0, "h2", "lost", ["id1", "id3"])) == [], "a peer that was cut off finds all others silent"
+    assert wrong((5.0, "h1", "lost", ["id2"])) == ["h1 blames h2, which had no fault: lost, no answer"], "before its fault"
+    assert wrong((40.0, "h1", "lost", ["id2"])) == ["h1 blames h2, which had no fault: lost, no answer"], "long after it"
+    assert wrong((12.0, "h1", "lost", ["id2", "id3"]), (13.0, "h3", "failed", "id1")) == [
+        "h1 blames h3, which had no fault: lost, no answer",
+        "h3 blames h1, which had no fault: failed, no answer",
+    ]
+    faults.begins("h2", 130.0)
+    assert wrong((59.0, "h1", "lost", ["id2"])) == [], "a fault that has not ended"
+    assert wrong_blame(story((40.0, "h1", "lost", ["id1"])), 160.0, names, faults) == [], "without an end its time is not known"

@@ -6,6 +6,7 @@ RATES = {
 }  # fmt: skip
 REPORT = {
     "processor": "a processor", "cores": 4, "threads": 2, "backend": "onnxruntime", "rates": RATES,
+    "numerics": "onnxruntime/int8/512/0123456789abcdef",
     "memory_total_bytes": 8 * 2**30, "memory_free_bytes": 2**30, "memory_bound_by": "--memory", "power_w": None,
     "backends": [
         {"backend": "onnxruntime", "rates": RATES, "power_w": None, "error": ""},
@@ -19,6 +20,7 @@ def test_a_device_is_shown_with_every_backend_and_the_one_in_use() -> None:
     lines = render(REPORT).splitlines()
     assert lines[0] == "a processor: 4 cores, 2 threads, measured in 12.0 s"
     assert lines[1] == "memory: 1.0 GiB free of 8.0 GiB, bound by --memory"
+    assert "numerics: onnxruntime/int8/512/0123456789abcdef" in lines
     assert lines[-2].split() == ["onnxruntime", "8.3", "GB/s", "107", "GFLOP/s", "7.1", "GB/s", "27.7", "GB/s", "64", "us", "used"]
     assert lines[-1].endswith("no result after 5 s")
 

@@ -19,6 +19,7 @@ def test_two_small_devices_together_hold_a_model_that_fits_on_neither(cluster: C
     plan = cluster["a"].post("/mesh/v1/plan", {"model": MODEL, "context": 2048})
     assert len(plan["stages"]) == 2
     cluster.place("a", context=2048)
+    wait_until_loaded(cluster["b"])
     answer = cluster["b"].post("/v1/completions", {"model": MODEL, "prompt": "Once upon a time", "max_tokens": 4})
     assert answer["usage"]["completion_tokens"] == 4
 
@@ -27,10 +28,15 @@ def test_a_model_can_be_unplaced_and_its_memory_is_freed(cluster: Cluster) -> No
     cluster.start("a", "b")
     cluster.see_each_other()
     cluster.place("a", stages="a:0-10,b:10-30", context=1024)
-    assert _loaded(cluster["b"]) == [MODEL]
+    wait_until_loaded(cluster["b"])
     assert cluster["b"].post("/mesh/v1/unplace", {"model": MODEL})["freed_bytes"] > 90_000_000
     for daemon in cluster.daemons.values():
         wait_for(lambda daemon=daemon: not _loaded(daemon), "no model to be served", daemon, within_s=5)
+
+
+def wait_until_loaded(daemon: Daemon) -> None:
+    """Wait until this peer knows of the layers that another one has placed: their adverts arrive a moment later."""
+    wait_for(lambda: _loaded(daemon) == [MODEL], "the model to be served", daemon, within_s=5)
 
 
 def _loaded(daemon: Daemon) -> list[str]:

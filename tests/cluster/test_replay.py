@@ -66,7 +66,7 @@ def check_replay(mesh: Mesh, prompt: int, victim: str) -> None:
     assert answer.differences_from(expected) == [], told
     lost = next(row["id"] for row in mesh[victim].rows("peers") if row["name"] == victim)
     assert [line["method"] for line in story if line["what"] == "goes on"] == ["replay"], told
-    assert len([line for line in story if line["what"] == "lost"]) == 1, told
+    assert [line["blame"] for line in story if line["what"] == "lost"] == [[lost]], told
     assert {line["blame"] for line in story if line["what"] == "failed"} <= {lost}, told
     mesh.wait_until_all_see()
 

@@ -10,8 +10,10 @@ import pytest
 from meshd.agents.cluster_service import CheckResult
 from meshd.doctor.check import Context
 from meshd.doctor.compute import NumericsResult, backends, judge, speed
+from meshd.numerics import NumericsId
 
-RIGHT = NumericsResult(backend="torch", tokens=(1, 2), expected=(1, 2), error=1e-6, seconds=0.1)
+NUMERICS = NumericsId("torch/f32/512/0123456789abcdef/varies")
+RIGHT = NumericsResult(backend="torch", numerics=NUMERICS, tokens=(1, 2), expected=(1, 2), error=1e-6, seconds=0.1)
 MEND = "start `meshd up` with `--backend onnxruntime`"
 
 
@@ -21,6 +23,15 @@ def _judged(result: NumericsResult) -> CheckResult:
 
 def test_right_numbers() -> None:
     assert _judged(RIGHT).status.value == "ok"
+    assert NUMERICS in _judged(RIGHT).found
+
+
+def test_other_bits_than_those_that_were_measured_are_wrong_although_the_numbers_are_right() -> None:
+    printed = msgspec.json.encode(RIGHT)
+    assert judge("torch", printed, b"", 0, MEND, NUMERICS).status.value == "ok"
+    result = judge("torch", printed, b"", 0, MEND, NumericsId("torch/f32/512/fedcba9876543210"))
+    assert (result.status.value, result.mend) == ("wrong", "meshd bench")
+    assert f"{NUMERICS}, not torch/f32/512/fedcba9876543210" in result.found
 
 
 @pytest.mark.parametrize("change", [{"tokens": (1, 3)}, {"error": 0.5}])

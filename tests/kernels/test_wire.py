@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 
 from meshd.errors import ProtocolViolation
-from meshd.kernels.wire import decode, encode, wire_bytes
+from meshd.kernels.wire import decode, encode, size_of
 
 HIDDEN = np.random.default_rng(0).standard_normal((3, 8), dtype=np.float32)
 
 
 def test_f32_is_exact_and_copies_nothing() -> None:
     payload = encode(HIDDEN, "f32")
-    assert payload.nbytes == wire_bytes(HIDDEN, "f32") == 96
+    assert payload.nbytes == size_of("f32", *HIDDEN.shape) == 96
     assert payload.format == "B"
     assert np.shares_memory(np.frombuffer(payload, np.uint8), HIDDEN)
     back = decode(payload, "f32", 3, 8)

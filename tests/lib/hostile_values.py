@@ -94,8 +94,10 @@ class MessageMaker:
                 return dice.choice(self._texts(pattern, most))
             case inspect.UnionType(types):
                 return self._value(dice.choice(types))
-            case inspect.VarTupleType(item, max_length=most):
-                return [self._value(item) for _ in range(self._length(most))]
+            case inspect.EnumType(cls):
+                return dice.choice([value.value for value in cls])
+            case inspect.VarTupleType(item, min_length=least, max_length=most):
+                return [self._value(item) for _ in range(max(least or 0, self._length(most)))]
             case inspect.TupleType(items):
                 return [self._value(item) for item in items]
             case inspect.DictType(key, item, max_length=most):

@@ -8,7 +8,6 @@ import pytest
 from meshd.errors import ModelFileError
 from meshd.models.cards import card_from_gguf, end_of_sequence
 from meshd.models.files.gguf import GgufFile
-from meshd.tensors import HELD_BITS
 from meshd.types import LayerRange, ModelCard, ModelId
 
 ID = ModelId("0" * 32)
@@ -32,8 +31,10 @@ def test_the_real_models_card(smollm2: GgufFile) -> None:
     weights = sum(info.nbytes for info in smollm2.tensors.values())
     assert sum(card.layer_bytes) + card.head_bytes == weights
     assert card.layers == LayerRange(0, 30)
-    assert sum(card.held_layer_bytes) == pytest.approx(106_191_360 * HELD_BITS["Q4_1"] / 8, rel=0.01)
-    assert card.held_head_bytes == pytest.approx(49152 * 576 * HELD_BITS["Q8_0"] / 8, rel=0.01)
+    assert sum(card.layer_weights["Q4_1"]) + sum(card.layer_weights["F32"]) == sum(card.layer_parameters)
+    assert card.weights_of(LayerRange(0, 29)) == {"Q4_1": 29 * 3_538_944, "F32": 29 * 2 * 576}
+    assert card.weights_of(card.layers)["Q8_0"] == 49152 * 576
+    assert card.head_weights == {"F32": 576, "Q8_0": 49152 * 576}
 
 
 def test_a_separate_head_is_counted_instead_of_the_embedding(make_llama: Callable[..., Any]) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from meshd.protocol.identity import ClusterKey
+from meshd.protocol.messages import PROTOCOL_VERSION
 from real_daemons.mesh import API_KEY, Host, Mesh
 from real_daemons.sites import LabSite
 
@@ -184,12 +185,13 @@ def test_a_clock_that_is_off_by_a_day_is_named(mesh: Mesh) -> None:
         assert status == 1
 
 
-def test_an_older_version_is_named(mesh: Mesh) -> None:
-    with restarted(mesh, "h2", altered("protocol=3.0", "version=0.0.9")):
+def test_another_version_is_named(mesh: Mesh) -> None:
+    protocol = f"{PROTOCOL_VERSION[0]}.{PROTOCOL_VERSION[1] + 1}"
+    with restarted(mesh, "h2", altered(f"protocol={protocol}", "version=0.0.9")):
         mesh.wait(lambda: "version" in rows(mesh, "h1"), "the version to be noticed", mesh["h1"])
         status, results = doctor(mesh, "h1")
         found = told(results, "peer-version", "warning")
-        assert "it runs meshd 0.0.9 (protocol 3.0)" in found["found"]
+        assert f"it runs meshd 0.0.9 (protocol {protocol})" in found["found"]
         assert "install the same version" in found["mend"]
         assert status == 0
 

@@ -9,6 +9,7 @@ import meshd.planner
 
 ALLOWED = {
     "collections",
+    "contextlib",
     "dataclasses",
     "enum",
     "functools",
@@ -22,7 +23,7 @@ ALLOWED = {
     "statistics",
     "typing",
 }
-OURS = ("meshd.planner", "meshd.types", "meshd.errors")
+OURS = ("meshd.planner", "meshd.types", "meshd.errors", "meshd.numerics")
 MODULES = sorted(Path(meshd.planner.__path__[0]).rglob("*.py"))
 
 

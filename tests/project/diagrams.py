@@ -10,7 +10,7 @@ from meshd.agents.membership import peer
 from meshd.agents.membership.peer_events import PeerState
 from meshd.agents.placement.weights import transfer
 from meshd.agents.session import session
-from meshd.agents.stage import session as stage_session
+from meshd.agents.stage.flow import session as stage_session
 from meshd.agents.stage.mirror import copy as mirror_copy
 
 PAGE = Path(__file__).resolve().parents[2] / "docs/state-machines.md"
@@ -20,7 +20,7 @@ MACHINES = (
     ("A session, on the peer that coordinates it", "agents/session/session.py", session.TRANSITIONS, session.SessionState.NEW),
     (
         "A session's stage, on the peer that computes it",
-        "agents/stage/session.py",
+        "agents/stage/flow/session.py",
         stage_session.TRANSITIONS,
         stage_session.StageState.IDLE,
     ),

@@ -16,8 +16,8 @@ from meshd.protocol.codec import UnknownMessage, decode, encode
 from meshd.protocol.framing import frame_head
 from meshd.protocol.messages import (
     REGISTRY,
+    Ack,
     Close,
-    Credit,
     Error,
     Failed,
     Goodbye,
@@ -26,7 +26,7 @@ from meshd.protocol.messages import (
     Message,
     Open,
     Placed,
-    Token,
+    Tokens,
 )
 from meshd.types import LayerRange, Plan, SamplingParams, TokenLogprobs
 
@@ -49,10 +49,11 @@ def test_nested_structs_integer_keys_and_ranges_survive() -> None:
         max_tokens=4,
         sampling=SamplingParams(logit_bias={5: -1.0, 7: 2.5}),
         lease_ms=1,
+        deadline_ms=1,
         credit=1,
     )
-    token = Token(session="5e" * 16, epoch=1, step=1, index=0, token=9, logprobs=TokenLogprobs(-1.0, ((9, -1.0),)))
-    for message in (opened, token, Placed(request=1, layers=LayerRange(3, 9), kv_tokens=5)):
+    tokens = Tokens(session="5e" * 16, epoch=1, index=0, tokens=(9,), logprobs=(TokenLogprobs(-1.0, ((9, -1.0),)),))
+    for message in (opened, tokens, Placed(request=1, layers=LayerRange(3, 9), kv_tokens=5)):
         assert decode(encode(message)) == message
 
 
@@ -111,7 +112,7 @@ def test_any_bytes_decode_or_are_a_violation(header: bytes) -> None:
         return
 
 
-@given(number=st.integers(0, 70), body=json_like)
+@given(number=st.integers(0, 80), body=json_like)
 def test_any_msgpack_decodes_or_is_a_violation(number: int, body: object) -> None:
     try:
         message = decode(msgpack.packb([number, body]))
@@ -128,8 +129,8 @@ def test_serial_numbers_of_63_bits_survive(sequence: int) -> None:
 
 @pytest.mark.parametrize("index", [-1, 2**27, 2**62, 2**64])
 def test_what_the_receiver_would_refuse_is_refused_at_the_sender(index: int) -> None:
-    with pytest.raises(InvalidRequest, match="Credit can't be sent"):
-        encode(Credit(session="5e" * 16, epoch=1, index=index))
+    with pytest.raises(InvalidRequest, match="Ack can't be sent"):
+        encode(Ack(session="5e" * 16, epoch=1, stage=1, next_seq=0, credit=index))
 
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -206,6 +207,19 @@ def test_every_list_of_every_message_is_bounded(stem: str) -> None:
 
 def test_there_is_a_golden_frame_of_every_message() -> None:
     assert {int(stem.partition("_")[0]) for stem in FRAMES} == set(REGISTRY)
+
+
+@pytest.mark.parametrize("changed", [{"tokens": 0}, {"kind": "prefil"}, {"kind": 3}, {"ids": [1] * 33}, None])
+def test_steps_without_a_step_or_with_one_that_cannot_be_are_a_violation(changed: dict[str, Any] | None) -> None:
+    step = body_of(FRAMES["72_steps"])["steps"][0]
+    assert accepted(72, {"steps": [step]})
+    assert not accepted(72, {"steps": [] if changed is None else [step | changed]})
+    assert not accepted(72, {"steps": [step] * 65})
+
+
+@pytest.mark.parametrize("tokens", [[], [1] * 33])
+def test_no_tokens_and_more_than_one_step_can_give_are_a_violation(tokens: list[int]) -> None:
+    assert not accepted(74, body_of(FRAMES["74_tokens"]) | {"tokens": tokens})
 
 
 @pytest.mark.parametrize("layers", [[0, 2**62], [-(10**8), 30], [5, 2], [3, 3], [0, 1025], [0], [2**64 - 1, 0]])

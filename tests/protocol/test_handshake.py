@@ -73,7 +73,7 @@ def test_the_answer_must_repeat_link_and_lane() -> None:
 def test_which_of_two_links_survives() -> None:
     def choice(peer: PeerId, own: PeerId, **changes: Any) -> LinkChoice:
         fields = {"incarnation": 1, "dialled": True, "up": True, "silent_s": 0.2} | changes
-        return choose_link(ExistingLink(**fields), hello(peer=peer), own, fresh_s=1.0)
+        return choose_link(ExistingLink(number=7, **fields), hello(peer=peer), own, fresh_s=1.0)
 
     assert choose_link(None, hello(), LARGE, fresh_s=1.0) is LinkChoice.ACCEPT
     for own, peer in ((SMALL, LARGE), (LARGE, SMALL)):
@@ -81,11 +81,14 @@ def test_which_of_two_links_survives() -> None:
         assert choice(peer, own, dialled=False) is LinkChoice.REPLACE
         assert choice(peer, own) is LinkChoice.REFUSE
         assert choice(peer, own, silent_s=1.5) is LinkChoice.REPLACE
+        known = ExistingLink(number=7, incarnation=1, dialled=True, up=True, silent_s=0.2)
+        assert choose_link(known, hello(peer=peer, history=3, lost=7), own, fresh_s=1.0) is LinkChoice.REPLACE
+        assert choose_link(known, hello(peer=peer, history=3, lost=6), own, fresh_s=1.0) is LinkChoice.REFUSE
     assert choice(SMALL, LARGE, up=False, incarnation=None) is LinkChoice.REPLACE
     assert choice(LARGE, SMALL, up=False, incarnation=None) is LinkChoice.REFUSE
 
 
 def test_both_sides_keep_the_same_of_two_links_dialled_at_once() -> None:
-    dialling = ExistingLink(incarnation=None, dialled=True, up=False, silent_s=0.0)
+    dialling = ExistingLink(number=7, incarnation=None, dialled=True, up=False, silent_s=0.0)
     assert choose_link(dialling, hello(peer=LARGE), SMALL, fresh_s=1.0) is LinkChoice.REFUSE
     assert choose_link(dialling, hello(peer=SMALL), LARGE, fresh_s=1.0) is LinkChoice.REPLACE

@@ -15,8 +15,10 @@ from msgspec import Meta
 import meshd.bounds
 import meshd.types
 from meshd.agents.links import link_table, task_budget
+from meshd.agents.links.restoring import history
 from meshd.agents.membership.adverts.encoding import MAX_PROFILE_BYTES
 from meshd.protocol import framing, handshake, messages
+from meshd.protocol.framing import MIB
 from meshd.protocol.messages import REGISTRY, Message, Reply, Request
 
 SPEC = (Path(messages.__file__).parents[1] / "SPEC.md").read_text()
@@ -31,7 +33,8 @@ def type_text(annotation: Any, most: str = "") -> str:
     origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Annotated:
         meta = inner[1]
-        return meta.title or type_text(inner[0], f"; {meta.max_length}")
+        least = f"{meta.min_length} to " if meta.min_length else ""
+        return meta.title or type_text(inner[0], f"; {least}{meta.max_length}")
     if origin is tuple and inner[-1] is Ellipsis:
         assert most, f"{annotation} has no bound"
         return f"[{type_text(inner[0])}{most}]"
@@ -43,7 +46,7 @@ def type_text(annotation: Any, most: str = "") -> str:
     if origin in (types.UnionType, typing.Union):
         (known,) = [part for part in inner if part is not type(None)]
         return f"{type_text(known)}?"
-    assert annotation is bool or issubclass(annotation, msgspec.Struct), f"{annotation} has no bound"
+    assert annotation is bool or issubclass(annotation, msgspec.Struct | Enum), f"{annotation} has no bound"
     return str(annotation.__name__)
 
 
@@ -131,6 +134,12 @@ def test_the_test_vector_is_in_the_text(value: str) -> None:
     assert value in re.sub(r"\n", "", SPEC)
 
 
+def test_the_example_of_a_frame_is_the_golden_one() -> None:
+    frame = (Path(__file__).parent / "golden" / "72_steps.bin").read_bytes().hex()
+    assert frame in re.sub(r"\n", "", SPEC)
+    assert f"`{frame[:8]}` is the header's length and `{frame[8:16]}` the payload's" in SPEC
+
+
 def test_the_constants_are_the_code() -> None:
     timing = link_table.Timing()
     major, minor = messages.PROTOCOL_VERSION
@@ -143,10 +152,16 @@ def test_the_constants_are_the_code() -> None:
         f"every {timing.heartbeat_s:g} s",
         f"for {timing.silence_s:g} s",
         f"within {timing.handshake_s:g} s",
+        f"after {timing.restore_s:g} s",
+        f"when {history.REPORT_MESSAGES} messages or\n  {history.REPORT_BYTES // MIB} MiB of payloads have arrived",
+        f"at most\n  {history.KEPT_BYTES // MIB} MiB of a lane",
         f"at most {task_budget.PER_PEER} requests",
         f"at most {task_budget.PER_KIND} of one type",
         f"at most {task_budget.LASTING_PER_PEER} of one peer",
         f"at most {MAX_PROFILE_BYTES} bytes",
+        f"**window** of {messages.STEP_WINDOW} steps",
+        f"at most {meshd.bounds.MAX_BATCH} steps",
+        f"at most {meshd.bounds.MAX_VERIFIED} tokens",
     ):
         assert expected in SPEC, expected
 
@@ -157,6 +172,6 @@ def test_the_features_are_listed() -> None:
 
 
 def test_the_values_of_enumerations_are_listed() -> None:
-    for value in [*meshd.types.FinishReason]:
+    for value in [*meshd.types.FinishReason, *messages.StepKind]:
         assert isinstance(value, Enum)
         assert f"`{value.value}`" in SPEC

@@ -13,7 +13,7 @@ from meshd.errors import InvalidRequest, Overloaded, PeerLost, PeerRefused, Prot
 from meshd.protocol import transport
 from meshd.protocol.framing import MIB, Frame, FrameLimits, frame_head
 from meshd.protocol.identity import ClusterKey, Identity, load_identity
-from meshd.protocol.messages import Credit, Goodbye, Heartbeat, Message, Probe
+from meshd.protocol.messages import Ack, Goodbye, Heartbeat, Message, Probe
 from meshd.protocol.transport import Connection
 from meshd.state import StateFolder
 
@@ -180,7 +180,7 @@ async def test_a_violation_ends_the_connection_with_one_reason(identities: Calla
         await sender.end()
         assert receiver.ends.empty()
         with pytest.raises(PeerLost):
-            there.send(Credit(session="5e" * 16, epoch=1, index=1))
+            there.send(Ack(session="5e" * 16, epoch=1, stage=1, next_seq=0, credit=1))
         with pytest.raises(PeerLost):
             there.attach(receiver.on_message, lambda connection, reason: None)
 

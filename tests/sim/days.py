@@ -36,7 +36,7 @@ from sim.clients.requests import Workload, make_request
 from sim.kept import kept
 from sim.loop import SimClock
 from sim.options import Options
-from sim.patches import kv_for, virtual_time, watched_log
+from sim.patches import patched
 from sim.world import World
 
 DAY_S = 86400.0
@@ -68,7 +68,7 @@ class Days:
     def run(self) -> None:
         """Run all bursts. Raises: what a broken invariant raises."""
         world = self.world
-        with virtual_time(world.loop, world.meter), watched_log(world.loop, world.trace), kv_for(0), low_limits():
+        with patched(world), low_limits():
             try:
                 world.loop.run_until_complete(self._main())
             finally:

@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 
 from meshd.kernels.backend import Segment
-from meshd.kernels.kv import KVPool
-from meshd.kernels.sampler import Sampler
+from meshd.kernels.kv.lease import HostLease
+from meshd.kernels.sampling.sampler import Sampler
 from meshd.types import LayerRange, SamplingParams
 from sim.toy.backend import Meter, Speed, ToyBackend
 from sim.toy.mathematics import CONTEXT, HIDDEN, PRIME, toy_card
 from sim.toy.reference import Expected, PlainModel, reference
 from sim.toy.text import random_prompt
+from tiny.kv import make_lease
 
 CARD = toy_card()
 
@@ -27,14 +28,13 @@ class Split:
         loaded = ToyBackend(self.meter, Speed()).load(CARD.spec, LayerRange(0, 6), None, embedding=True, head=True)  # type: ignore[arg-type]
         borders = [0, *cuts, 6]
         self.stages = [loaded.stage(LayerRange(*border)) for border in pairwise(borders)]
-        self.pools = [KVPool(CARD.spec, stage.layers, CONTEXT // 32) for stage in self.stages]
-        self.tables = [pool.allocate(CONTEXT) for pool in self.pools]
+        self.leases = [make_lease(CARD.spec, stage.layers, CONTEXT) for stage in self.stages]
         self.position = 0
 
     def feed(self, ids: Sequence[int]) -> np.ndarray:
         hidden = self.stages[0].embed(np.array(ids, np.int32))
-        for stage, pool, table in zip(self.stages, self.pools, self.tables, strict=True):
-            hidden = stage.forward(hidden, [Segment(table, self.position, len(ids))], pool)
+        for stage, lease in zip(self.stages, self.leases, strict=True):
+            hidden = stage.forward(hidden, [Segment(lease, self.position, len(ids))])
         self.position += len(ids)
         return self.stages[-1].logits(hidden[-1:])[0]
 
@@ -79,34 +79,35 @@ def test_every_value_of_kv_changes_the_logits(layer: int, position: int, part: i
     intact, damaged = Split([]), Split([])
     intact.feed(ids[:40])
     damaged.feed(ids[:40])
-    slots = damaged.pools[0]._slots[layer, part // 2]
-    first = damaged.tables[0].blocks[0] * 32
-    slots[first + position, 0, part % 2] += 1
+    damaged.leases[0].rows(layer)[part // 2][position, 0, part % 2] += 1
     assert (intact.feed(ids[40:41]) != damaged.feed(ids[40:41])).any()
 
 
-def _swap(pool: KVPool) -> None:
+def _swap(lease: HostLease) -> None:
     """Swap two positions of one layer."""
-    pool._slots[2][:, [5, 6]] = pool._slots[2][:, [6, 5]]
+    for rows in lease.rows(2):
+        rows[[5, 6]] = rows[[6, 5]]
 
 
-def _stale(pool: KVPool) -> None:
-    """Overwrite a block of one layer with another block."""
-    pool._slots[1][:, 32:64] = pool._slots[1][:, 0:32]
+def _stale(lease: HostLease) -> None:
+    """Overwrite a page of one layer with another page."""
+    for rows in lease.rows(1):
+        rows[32:64] = rows[0:32]
 
 
-def _lost(pool: KVPool) -> None:
-    """Clear a block of one layer."""
-    pool._slots[4][:, 32:64] = 0
+def _lost(lease: HostLease) -> None:
+    """Clear a page of one layer."""
+    for rows in lease.rows(4):
+        rows[32:64] = 0
 
 
 @pytest.mark.parametrize("damage", [_swap, _stale, _lost])
-def test_damaged_kv_changes_the_logits(damage: Callable[[KVPool], None]) -> None:
+def test_damaged_kv_changes_the_logits(damage: Callable[[HostLease], None]) -> None:
     ids = tuple(random.Random(2).randrange(64) for _ in range(70))
     intact, damaged = Split([]), Split([])
     intact.feed(ids)
     damaged.feed(ids)
-    damage(damaged.pools[0])
+    damage(damaged.leases[0])
     assert (intact.feed([3]) != damaged.feed([3])).any()
 
 

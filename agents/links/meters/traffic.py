@@ -4,13 +4,13 @@ from collections import Counter, OrderedDict
 from dataclasses import dataclass, field
 from typing import Literal
 
-from meshd.protocol.messages import Activation, KvBlocks, Message, PeerEvents, WeightData
+from meshd.protocol.messages import KvBlocks, Message, PeerEvents, Steps, WeightData
 from meshd.types import PeerId
 
 MAX_PEERS = 256
 """Peers whose ended links are remembered: as many as the table of peers has."""
 Kind = Literal["activations", "kv", "weights", "events", "other"]
-_KINDS: dict[type[Message], Kind] = {Activation: "activations", KvBlocks: "kv", WeightData: "weights", PeerEvents: "events"}
+_KINDS: dict[type[Message], Kind] = {Steps: "activations", KvBlocks: "kv", WeightData: "weights", PeerEvents: "events"}
 KINDS: tuple[Kind, ...] = ("activations", "kv", "weights", "events", "other")
 
 

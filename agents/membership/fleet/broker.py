@@ -6,10 +6,10 @@ subscribed to with QoS 0: what is lost is sent again later (presence) or repeate
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import aiomqtt
 import paho.mqtt.client as paho
@@ -21,6 +21,8 @@ from meshd.agents.supervisor import raise_if_cancelled
 from meshd.clock import Clock
 from meshd.errors import PeerLost
 from meshd.values import BrokerUrl
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -214,6 +216,17 @@ class _BoundedClient(aiomqtt.Client):
         self._client._ssl_wrap_socket = self._begin_tls  # type: ignore[method-assign, assignment]
         create = self._client._create_socket
         self._client._create_socket = lambda: BoundedSocket(create(), PACKET_BYTES)  # type: ignore[method-assign, assignment, return-value]
+
+    async def _wait_for(self, fut: Awaitable[T], timeout: float | None) -> T:
+        """Wait as aiomqtt does. Cancel: also counts if the result comes at the same time, when `asyncio.wait_for` of Python 3.11
+        loses it."""
+        task = asyncio.current_task()
+        assert task is not None
+        before = task.cancelling()
+        result: T = await super()._wait_for(fut, timeout)
+        if task.cancelling() > before:
+            raise asyncio.CancelledError
+        return result
 
     @property
     def skipped(self) -> int:

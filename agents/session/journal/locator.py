@@ -78,15 +78,14 @@ class Locator:
 
     async def coordinator_of(self, session: SessionId) -> PeerId:
         """Returns: the peer that coordinates the session, which may be this peer. Raises: UnknownSession."""
-        coordinators = [location for location in await self._find(session) if location.coordinates]
-        if not coordinators:
+        coordinator = _coordinator_among(await self._find(session))
+        if coordinator is None:
             raise _unknown(session)
-        return max(coordinators, key=lambda location: location.rank).peer
+        return coordinator
 
-    async def coordinated_elsewhere(self, record: SessionRecord) -> bool:
-        """Whether another peer coordinates the record's session."""
-        found = await self._ask_all(record.session, _TAKEOVER_FIND_S, 0.0, key=record.key)
-        return any(location.coordinates for location in found)
+    async def other_coordinator(self, record: SessionRecord) -> PeerId | None:
+        """Returns: another peer that coordinates the record's session; None if there is none."""
+        return _coordinator_among(await self._ask_all(record.session, _TAKEOVER_FIND_S, 0.0, key=record.key))
 
     async def fetch(self, secret: AnswerSecret, *, take: bool) -> SessionRecord:
         """Fetch the most recent record of the answer with this secret.
@@ -243,6 +242,12 @@ class Locator:
     def _end_here(self, session: SessionId, forget: bool) -> bool:
         finished = self._sessions.finish(session, forget)
         return self.deputy.end(session, FinishReason.CANCELLED.value, forget=forget) or finished
+
+
+def _coordinator_among(locations: list[SessionLocation]) -> PeerId | None:
+    """Returns: the most recent of the session's coordinators; None if no peer coordinates it."""
+    coordinators = [location for location in locations if location.coordinates]
+    return max(coordinators, key=lambda location: location.rank).peer if coordinators else None
 
 
 def _unknown(session: SessionId) -> UnknownSession:

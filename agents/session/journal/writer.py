@@ -228,9 +228,7 @@ class JournalWriter:
 
     async def _transfer(self, entry: _Entry) -> None:
         """Choose the entry's deputy and send it the full record. On failure, queue another transfer."""
-        now = self._clock.monotonic()
-        entry.avoid = {peer: until for peer, until in entry.avoid.items() if until > now}
-        peer = self._choose(entry) or entry.deputy
+        peer = self._choose(entry, self._adverts()) or entry.deputy
         if peer is None:
             return  # the timer will try again
         if entry.deputy not in (None, peer):
@@ -326,20 +324,25 @@ class JournalWriter:
         self._drops.send_due(now)
         if not self._entries:
             return
-        leaving = {advert.peer for advert in self._adverts() if advert.draining}
+        adverts = self._adverts()  # once: an own advert is not cheap, and there may be many entries
+        leaving = {advert.peer for advert in adverts if advert.draining}
         for entry in list(self._entries.values()):
             if entry.finish and now - entry.ended_at > KEEP_ENDED_S:
                 self._retire(entry)
             elif entry.too_large:
                 continue
-            elif entry.deputy is None or (entry.confirmed and entry.deputy in leaving and self._choose(entry) is not None):
+            elif (entry.deputy is None or (entry.confirmed and entry.deputy in leaving)) and self._choose(
+                entry, adverts
+            ) is not None:
                 self._queue_transfer(entry)
             elif entry.confirmed and not entry.finish and now - entry.sent_at > _RENEW_S:
                 self._send_message(entry)
 
-    def _choose(self, entry: _Entry) -> PeerId | None:
+    def _choose(self, entry: _Entry, adverts: Iterable[Advert]) -> PeerId | None:
+        now = self._clock.monotonic()
+        entry.avoid = {peer: until for peer, until in entry.avoid.items() if until > now}
         avoid = {*entry.avoid, *self._excluded(entry.session)}
-        return choose_deputy(self._me, self._adverts(), entry.plan_peers(), avoid, entry.deputy)
+        return choose_deputy(self._me, adverts, entry.plan_peers(), avoid, entry.deputy)
 
     def _trim_ended(self) -> None:
         ended = [entry for entry in self._entries.values() if entry.finish]

@@ -5,7 +5,7 @@ them with resident layers, where possible on a peer that has a copy of the KV. A
 candidate is the pause until the next token, plus the predicted time of the tokens that are expected after it.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -16,13 +16,14 @@ import msgspec
 from meshd.agents.placement.plan_input import named_peers
 from meshd.agents.service import MeshOptions
 from meshd.agents.session.plan.resume import RecoveryRequest, StageHeld, expected_held, method_of, resume_points
+from meshd.numerics import UNKNOWN, NumericsId
 from meshd.planner.model.estimate import Estimate, estimate
 from meshd.planner.network import Network
 from meshd.planner.problem import PlanInput
 from meshd.planner.profile import PeerProfile, profiles_from_adverts
 from meshd.planner.session.pause import pause_s
 from meshd.planner.session.reroute import HeldKv, Reroute, reserve_all, reserve_in
-from meshd.types import Advert, Holding, LayerRange, ModelCard, PeerId, StagePlan, ranges_of
+from meshd.types import Advert, Holding, LayerRange, ModelCard, PeerId, Plan, StagePlan, ranges_of
 
 MAX_STAGES = 64
 """Maximum number of stages of one plan."""
@@ -47,6 +48,10 @@ class PeerRules:
     """Peers that are about to leave may be used."""
     avoided: bool = False
     """Peers that the request says to avoid may be used."""
+    own_numerics: bool = False
+    """A layer may only be used where it is computed as in the old plan. A copy of its KV elsewhere does not count."""
+    only: NumericsId | None = None
+    """Only peers with these numerics may be used. None: any."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -264,7 +269,28 @@ def _as_usable(profile: PeerProfile, request: RecoveryRequest, surviving: frozen
     """Returns: the peer with the holdings that the session may use: those that it has reserved, and others that the rules allow."""
     excluded = (profile.id in request.avoid and not rules.avoided) or (profile.draining and not rules.leaving)
     others = [] if excluded else [holding for holding in profile.holdings if rules.standby or not holding.standby]
-    return msgspec.structs.replace(profile, holdings=(*others, *_reserved(profile, request, surviving, rules)), draining=False)
+    holdings = (*others, *_reserved(profile, request, surviving, rules))
+    if rules.only not in (None, profile.numerics):
+        holdings = ()
+    if rules.own_numerics and request.old is not None:
+        holdings = tuple(_own(holdings, _layers_with(request.old, profile.numerics)))
+    return msgspec.structs.replace(profile, holdings=holdings, draining=False)
+
+
+def _layers_with(plan: Plan, numerics: NumericsId) -> set[int]:
+    """Return the layers that the plan computes with these numerics, and those of which it does not say with which."""
+    numbered = enumerate(plan.stages)
+    return {layer for number, stage in numbered if plan.numerics_of(number) in (UNKNOWN, numerics) for layer in stage.layers}
+
+
+def _own(holdings: Iterable[Holding], layers: set[int]) -> Iterator[Holding]:
+    """Yield the parts of the holdings that are of these layers."""
+    for holding in holdings:
+        if layers.issuperset(holding.layers):
+            yield holding
+        else:
+            for run in ranges_of(layers.intersection(holding.layers)):
+                yield msgspec.structs.replace(holding, layers=run)
 
 
 def _reserved(profile: PeerProfile, request: RecoveryRequest, surviving: frozenset[int], rules: PeerRules) -> Iterator[Holding]:

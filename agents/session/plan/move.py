@@ -12,6 +12,7 @@ from logging import getLogger
 
 from meshd.agents.service import MeshOptions
 from meshd.agents.session.answer import Answer
+from meshd.agents.session.plan.resume import changed_numerics
 from meshd.agents.session.plan.retry import PlanRetrier
 from meshd.agents.session.plan.route import Router
 from meshd.agents.session.recovery_history import Recovered
@@ -188,17 +189,19 @@ class Mover:
             await self._change_and_log(answer, plan, better.plan, "a better plan")
 
     async def _plan_without(self, answer: Answer, plan: Plan, leaving: frozenset[PeerId]) -> Plan:
-        """Returns: the plan with each leaving peer replaced by one other peer, so that KV can be copied; if there is none, any plan
-        without the leaving peers."""
+        """Returns: the plan with each leaving peer replaced by one other peer, so that KV can be copied; if there is none with the
+        same numerics, any plan without the leaving peers."""
         for source in sorted(leaving):
             others = [advert.peer for advert in self.adverts() if _may_take(advert, answer.record.mesh)]
             moved = [candidate for target in others if (candidate := self._with_target(answer, plan, target, source)) is not None]
-            if not moved:
+            alike = [candidate for candidate in moved if candidate.numerics == plan.numerics]
+            if not alike:
                 found = await self.router.recover(
                     answer.card, answer.record.mesh, self.retrier.recovery_request(answer, avoid=leaving)
                 )
-                return found.plan
-            plan = min(moved, key=lambda plan: plan.predicted_tpot_s)
+                if not moved or not changed_numerics(plan, found.plan):
+                    return found.plan
+            plan = min(alike or moved, key=lambda plan: plan.predicted_tpot_s)
         return plan
 
     def _with_target(self, answer: Answer, plan: Plan, target: PeerId, source: PeerId) -> Plan | None:

@@ -8,7 +8,8 @@ which kept outputs are only sent again.
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from meshd.types import PeerId, Plan, StagePlan
+from meshd.numerics import UNKNOWN
+from meshd.types import LayerRange, PeerId, Plan, StagePlan, ranges_of
 
 KEPT = "kept"
 """Every stage has all its KV: nothing is computed again."""
@@ -31,6 +32,8 @@ class StageHeld:
     kept_from: int = 0
     """The stage has kept its outputs of positions `[kept_from, kept_to)` and can send them again."""
     kept_to: int = 0
+    held_from: int = 0
+    """The stage can start at a position from `held_from` to `held`, or at 0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +67,8 @@ def resume_points(held: Sequence[StageHeld], known: int) -> tuple[ResumePoint, .
         if start > send_from:
             kept_to = max(stage.kept_to, send_from) if stage.kept_from <= send_from else send_from
             start = min(start, kept_to)
+        if start < stage.held_from:
+            start = 0  # what it needs of earlier positions has left the windows of its layers
         points.append(ResumePoint(start, send_from))
         send_from = start
     return tuple(reversed(points))
@@ -80,6 +85,17 @@ def method_of(held: Sequence[StageHeld], points: Sequence[ResumePoint], known: i
     if max(point.start for point in points) == 0:
         return PREFILL
     return MIRROR if copied and 0 < min(copied) <= first else REPLAY
+
+
+def changed_numerics(old: Plan | None, new: Plan) -> tuple[LayerRange, ...]:
+    """Returns: the layers that the new plan computes with other numerics than the old one; none if there was no old plan."""
+    if old is None:
+        return ()
+    before = {layer: old.numerics_of(number) for number, stage in enumerate(old.stages) for layer in stage.layers}
+    after = {layer: new.numerics_of(number) for number, stage in enumerate(new.stages) for layer in stage.layers}
+    return ranges_of(
+        [layer for layer, numerics in after.items() if numerics and before.get(layer) not in (UNKNOWN, None, numerics)]
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

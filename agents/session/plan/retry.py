@@ -7,17 +7,21 @@ from logging import getLogger
 from zlib import crc32
 
 from meshd.agents.links.links import Links
+from meshd.agents.placement.client import numerics_of_peer
 from meshd.agents.service import AnswerSecret
 from meshd.agents.session.answer import Answer
 from meshd.agents.session.events import Replan
 from meshd.agents.session.journal.record import TAKEOVER_EPOCHS, SessionRecord
+from meshd.agents.session.plan.mirror_targets import mirror_targets
 from meshd.agents.session.plan.open_ended import LEAST_ANSWER, plan_open_ended
 from meshd.agents.session.plan.resume import RecoveryRequest
-from meshd.agents.session.plan.route import Router, mirror_targets
+from meshd.agents.session.plan.route import Router
+from meshd.agents.session.recovery_history import NEAR_TIE
 from meshd.agents.session.session import SessionState
 from meshd.agents.session.stages.client import is_refusal
 from meshd.clock import Clock
 from meshd.errors import DoesNotFit, MeshdError, NoPeer, NotReady, Overloaded, PeerFault, RemoteFailure, Superseded, UsageError
+from meshd.numerics import UNKNOWN
 from meshd.protocol.messages import Mirrored
 from meshd.types import Advert, PeerId, Plan, SessionId
 
@@ -48,8 +52,8 @@ class PlanRetrier:
     """Whether to mirror KV if the request has no `mirror` option."""
     take: Callable[[AnswerSecret], Awaitable[SessionRecord]]
     """Makes this peer the coordinator of the answer with this secret, and returns its record."""
-    coordinated_elsewhere: Callable[[SessionRecord], Awaitable[bool]]
-    """Whether another peer coordinates the record's session."""
+    other_coordinator: Callable[[SessionRecord], Awaitable[PeerId | None]]
+    """Returns another peer that coordinates the record's session, or None."""
 
     def replan(self, answer: Answer, command: Replan) -> None:
         """Search for a plan for an answer that lost its plan. Cancels the answer's previous search."""
@@ -140,14 +144,15 @@ class PlanRetrier:
         """Settle which peer coordinates an answer, after a stage refused this peer because the stage obeys another coordinator.
 
         The other coordinator may have taken over because it believed that this peer was lost. If the answer has readers here, this
-        peer takes the answer back; otherwise it gives the answer up. If no other peer claims to coordinate the answer, the stage
+        peer takes the answer back; otherwise it hands the answer over. If no other peer claims to coordinate the answer, the stage
         still obeys a lost coordinator, and will soon notice the loss.
 
         Returns: whether this peer continues the answer.
         """
-        if await self.coordinated_elsewhere(answer.record):
+        other = await self.other_coordinator(answer.record)
+        if other is not None:
             if not answer.readers:
-                answer.release()
+                answer.context.on_superseded(answer, other)
                 return False
             try:
                 record = await self.take(answer.secret)
@@ -187,6 +192,11 @@ class PlanRetrier:
             if stage.mirror is None or number in answer.mirrors:
                 continue
             answer.mirrored(number, stage.mirror, 0)
+            numerics = numerics_of_peer(self.adverts(), stage.mirror)
+            if plan.numerics_of(number) not in (UNKNOWN, numerics):
+                answer.context.story.note(
+                    answer.session, "mirror on other numerics", stage=number, peer=stage.mirror, numerics=numerics, effect=NEAR_TIE
+                )
             answer.tasks.spawn(self._mirror(answer, answer.machine.epoch, plan, number, stage.mirror))
 
     async def _mirror(self, answer: Answer, epoch: int, plan: Plan, stage: int, target: PeerId) -> None:

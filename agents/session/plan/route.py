@@ -4,7 +4,7 @@ Layers that no peer has are placed first.
 """
 
 import asyncio
-from collections.abc import Callable, Coroutine, Hashable, Iterator, Sequence
+from collections.abc import Callable, Collection, Coroutine, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from logging import ERROR, WARNING, getLogger
 
@@ -16,17 +16,17 @@ from meshd.agents.placement.plan_input import plan_input_of
 from meshd.agents.service import MeshOptions
 from meshd.agents.session.plan.availability import covered
 from meshd.agents.session.plan.candidates import Candidate, CandidateSearch, LayerShortage, PeerRules, candidate_search
+from meshd.agents.session.plan.mirror_targets import active_holdings
 from meshd.agents.session.plan.resume import RecoveryPlan, RecoveryRequest
 from meshd.errors import DoesNotFit, InvalidRequest, MeshdError, NoPeer, NotReady, Overloaded, PeerFault, RemoteFailure
+from meshd.numerics import is_promised
 from meshd.planner.model.estimate import estimate
-from meshd.planner.network import Network
 from meshd.planner.problem import PlanInput
-from meshd.planner.profile import USABLE_STATE
 from meshd.planner.search.plan import build_plan
 from meshd.planner.search.solve import Solution, solve
 from meshd.planner.session.pause import opening_s
-from meshd.planner.session.reroute import reserve_all, reserve_in
-from meshd.types import Advert, Holding, LayerRange, ModelCard, ModelId, Objective, PeerId, Plan, PlanId, StagePlan, ranges_of
+from meshd.planner.session.reroute import reserve_all
+from meshd.types import Advert, LayerRange, ModelCard, ModelId, Objective, PeerId, Plan, PlanId, StagePlan, ranges_of
 
 log = getLogger(__name__)
 
@@ -37,11 +37,12 @@ _REQUEST_WAIT_S = 20.0
 _LOADING_WAIT_S = 600.0
 """How long a recovery waits for layers whose loading another peer has started."""
 _POLL_S = 0.02
+_LOOK_AGAIN_S = 0.5
+"""How often a session that waits for layers looks whether it can continue without them."""
 _LOADING = frozenset({"loading", "warm"})
 """States of a holding whose layers will be active soon."""
 _WITH_LEAVING = PeerRules(leaving=True)
-_MIRROR_BYTES = 1 << 20
-"""Links are compared by the time of a KV transfer of this size."""
+_OWN, _OWN_WITH_LEAVING = PeerRules(own_numerics=True), PeerRules(leaving=True, own_numerics=True)
 
 
 @dataclass(slots=True)
@@ -92,22 +93,27 @@ class Router:
             max_tokens=max_tokens,
             known=prompt_tokens,
         )
-        found = self._resident(card, mesh, request, _WITH_LEAVING)
-        return None if found is None else found.plan
+        ids = {advert.capability.numerics for advert in self.adverts() if active_holdings(advert, card.id)}
+        for only in (*sorted(ids, key=lambda numerics: (not is_promised(numerics), numerics)), None) if len(ids) > 1 else (None,):
+            found = self._resident(card, mesh, request, PeerRules(leaving=True, only=only))
+            if found is not None:
+                return found.plan
+        return None
 
     async def recover(self, card: ModelCard, mesh: MeshOptions, request: RecoveryRequest) -> RecoveryPlan:
         """Find the cheapest plan under which a session can continue. Load missing layers first if there is none.
 
-        Of the options in `mesh`, only `peers` applies.
+        A plan in which each layer keeps its numerics comes first, even if another one is cheaper: it gives the same tokens. Of the
+        options in `mesh`, only `peers` applies.
 
         Raises: DoesNotFit, NoPeer; NotReady while lost layers are being loaded; Overloaded while other sessions take the KV.
         """
-        found = self._resident(card, mesh, request, PeerRules()) or self._resident(card, mesh, request, _WITH_LEAVING)
-        if found is not None:
-            return found
+        for rules in (_OWN, _OWN_WITH_LEAVING, PeerRules(), _WITH_LEAVING):
+            found = self._resident(card, mesh, request, rules)
+            if found is not None:
+                return found
         try:
-            await self._load_missing(card, mesh, request)
-            found = self._resident(card, mesh, request, _WITH_LEAVING)
+            found = await self._load_or_find(card, mesh, request)
             if found is None:
                 raise _shortage_error(card, request, self._search(card, mesh, request, _WITH_LEAVING).shortage())
         except (DoesNotFit, NoPeer, Overloaded, PeerFault) as error:
@@ -117,14 +123,14 @@ class Router:
         return found
 
     def better(self, card: ModelCard, mesh: MeshOptions, request: RecoveryRequest) -> RecoveryPlan | None:
-        """Find a plan that is worth moving a running session to.
+        """Find a plan that is worth moving a running session to, with the same numerics for each layer.
 
         Returns: None if there is no such plan, or if the request names its stages or an objective other than latency.
         """
         if mesh.stages is not None or mesh.objective not in (None, Objective.LATENCY):
             return None
         try:
-            search = self._search(card, mesh, request, PeerRules(standby=False))
+            search = self._search(card, mesh, request, PeerRules(standby=False, own_numerics=True))
         except NoPeer:
             return None
         found = search.better(mesh.min_peers or 1)
@@ -145,6 +151,7 @@ class Router:
             plan,
             id=self._next_id(),
             stages=stages,
+            numerics=problem.numerics(stages),
             predicted_ttft_s=max(plan.predicted_ttft_s, predicted.ttft_s),
             predicted_tpot_s=predicted.tpot_s,
         )
@@ -228,8 +235,8 @@ class Router:
         what = f"{card.name} is being loaded"
         await self._place_once(card, (card.id, mesh), what, lambda: self._place_model(card, mesh, context))
 
-    async def _place_model(self, card: ModelCard, mesh: MeshOptions, context: int) -> None:
-        async for _ in self.placer.place(card, mesh, context=context):
+    async def _place_model(self, card: ModelCard, mesh: MeshOptions, context: int, avoid: Collection[PeerId] = ()) -> None:
+        async for _ in self.placer.place(card, mesh, context=context, avoid=avoid):
             pass
 
     def _search(self, card: ModelCard, mesh: MeshOptions, request: RecoveryRequest, rules: PeerRules) -> CandidateSearch:
@@ -254,15 +261,43 @@ class Router:
         """Find the cheapest plan that may also use silent peers and peers to avoid. Returns: None if there is none."""
         silent = self.suspects()
         request = replace(request, avoid=request.avoid.union(advert.peer for advert in silent))
-        return self._resident(card, mesh, request, PeerRules(leaving=True, avoided=True), silent)
+        for own in (True, False):
+            found = self._resident(card, mesh, request, PeerRules(leaving=True, avoided=True, own_numerics=own), silent)
+            if found is not None:
+                return found
+        return None
 
     def _recovery(self, search: CandidateSearch, found: Candidate) -> RecoveryPlan:
-        solution = Solution(stages=found.stages, estimate=found.estimate, objective=Objective.LATENCY, method="given")
+        solution = Solution(
+            stages=found.stages,
+            estimate=found.estimate,
+            objective=Objective.LATENCY,
+            method="given",
+            numerics=search.problem.numerics(found.stages),
+        )
         return RecoveryPlan(build_plan(self._next_id(), search.problem, solution), found.method, found.pause_s)
 
     def _next_id(self) -> PlanId:
         self._plans += 1
         return PlanId(f"{self.me[:8]}-{self._plans}")
+
+    async def _load_or_find(self, card: ModelCard, mesh: MeshOptions, request: RecoveryRequest) -> RecoveryPlan | None:
+        """Load missing layers, and find a plan with them, or one without them before: a lost peer may come back sooner.
+
+        Returns: None if there is no plan although the layers are loaded. Raises: as `recover`. Cancel: the load continues.
+        """
+        loading = asyncio.ensure_future(self._load_missing(card, mesh, request))
+        found = None
+        try:
+            while found is None and not loading.done():
+                await asyncio.wait([loading], timeout=_LOOK_AGAIN_S)
+                found = self._resident(card, mesh, request, _WITH_LEAVING)
+            if found is None:
+                loading.result()
+            return found
+        finally:
+            if not loading.cancel() and not loading.cancelled():
+                loading.exception()  # marks it as seen: perhaps a plan was found without the load
 
     async def _load_missing(self, card: ModelCard, mesh: MeshOptions, request: RecoveryRequest) -> None:
         """Load the layers that the session needs and no peer has."""
@@ -280,16 +315,18 @@ class Router:
         loading = self._loading(card.id, request)
         layers = sorted({layer for run in missing for layer in run} - loading)
         if layers:
-            totals = [holding.kv_tokens_total for advert in self.adverts() for holding in _active(advert, card.id)]
+            totals = [holding.kv_tokens_total for advert in self.adverts() for holding in active_holdings(advert, card.id)]
             kv_tokens = max(request.context, min(totals, default=request.context))
             try:
                 await self.placer.repair(
                     card, ranges_of(layers), kv_tokens=kv_tokens, least_tokens=request.context, avoid=request.avoid, among=among
                 )
             except DoesNotFit:
-                if search.surviving:
+                allowed = None if among is None else tuple(peer for peer in among if peer not in request.avoid)
+                if search.surviving or allowed == ():
                     raise
-                await self._place_model(card, MeshOptions(peers=among), request.context)
+                # Not on a peer to avoid: the plan could not use it, and the session would ask for the same again and again.
+                await self._place_model(card, MeshOptions(peers=allowed), request.context, request.avoid)
         clock = self.placer.clock
         until = clock.monotonic() + _LOADING_WAIT_S
         while clock.monotonic() < until and not loading.isdisjoint(self._loading(card.id, request)):
@@ -344,50 +381,10 @@ class Router:
             log.log(WARNING if isinstance(error, MeshdError) else ERROR, "the placement of layers for a request failed: %s", error)
 
 
-def mirror_targets(plan: Plan, adverts: list[Advert]) -> Plan:
-    """Choose a mirror for each stage: another live peer that has the stage's layers and enough free KV.
-
-    Peers outside the plan are preferred, then those with the fastest link, then those with the most free KV.
-
-    Returns: the plan with its mirrors. A stage without a suitable peer has none.
-    """
-    network = Network.from_adverts(adverts)
-    holdings_of = {advert.peer: _active(advert, plan.model) for advert in adverts if not advert.draining}
-    for stage in plan.stages:
-        _reserve(holdings_of, stage.peer, stage.layers, plan.context)
-    stages = []
-    for stage in plan.stages:
-        fitting = [
-            (
-                peer in plan.peers,
-                network.hop_s(stage.peer, peer, _MIRROR_BYTES),
-                -sum(holding.kv_tokens_free for holding in holdings),
-                peer,
-            )
-            for peer, holdings in holdings_of.items()
-            if peer != stage.peer and reserve_in(holdings, stage.layers, plan.context) is not None
-        ]
-        mirror = min(fitting)[-1] if fitting else None
-        if mirror is not None:
-            _reserve(holdings_of, mirror, stage.layers, plan.context)
-        stages.append(msgspec.structs.replace(stage, mirror=mirror))
-    return msgspec.structs.replace(plan, stages=tuple(stages))
-
-
-def _reserve(holdings_of: dict[PeerId, tuple[Holding, ...]], peer: PeerId, layers: LayerRange, tokens: int) -> None:
-    left = reserve_in(holdings_of.get(peer, ()), layers, tokens)
-    if left is not None:
-        holdings_of[peer] = left
-
-
-def _active(advert: Advert, model: ModelId) -> tuple[Holding, ...]:
-    return tuple(holding for holding in advert.holdings if holding.model == model and holding.state == USABLE_STATE)
-
-
 def _routing_options(model: ModelId, adverts: list[Advert]) -> Iterator[tuple[bool, bool]]:
     """Yield (use standby copies, use peers that are about to leave), from the narrowest choice of peers to the widest."""
     yield False, False
-    if any(holding.standby for advert in adverts for holding in _active(advert, model)):
+    if any(holding.standby for advert in adverts for holding in active_holdings(advert, model)):
         yield True, False
     if any(advert.draining for advert in adverts):
         yield True, True

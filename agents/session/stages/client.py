@@ -1,4 +1,4 @@
-"""Sends one answer's messages to the peers that run its stages: OPEN, RESUME, prompt chunks, credit, lease renewals, CLOSE."""
+"""Sends one answer's messages to the peers that run its stages: OPEN, RESUME, the prompt, credit, lease renewals, CLOSE."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
@@ -7,16 +7,17 @@ from typing import Any
 
 import numpy as np
 
-from meshd.agents.links.backlog import Backlog
 from meshd.agents.links.links import Links
 from meshd.agents.links.rpc import try_send
 from meshd.agents.session.events import CloseStages, OpenStages, ResumeStages
 from meshd.agents.session.journal.record import SessionRecord
 from meshd.agents.session.plan.resume import StageHeld
+from meshd.agents.session.stages.prompt import PromptSender
 from meshd.errors import (
     InvalidSampling,
     MeshdError,
     NoPeer,
+    NotReady,
     OutOfMemory,
     Overloaded,
     PeerFault,
@@ -24,21 +25,33 @@ from meshd.errors import (
     Superseded,
     UsageError,
 )
-from meshd.kernels.sampler import needs_past_tokens
-from meshd.protocol.messages import Close, Credit, ExpectCopy, Message, Mirror, Open, Opened, Prompt, Renew, Resume
+from meshd.kernels.sampling.sampler import needs_past_tokens
+from meshd.protocol.messages import (
+    Ack,
+    Close,
+    ExpectCopy,
+    Message,
+    Mirror,
+    Open,
+    Opened,
+    Renew,
+    Resume,
+)
 from meshd.types import PeerId, Plan, SessionId
 
 log = getLogger(__name__)
 
 LEASE_S = 10.0
 RENEW_S = 3.0
-OPEN_TIMEOUT_S = 5.0
-"""A stage only reserves memory in OPEN, so a slower reply means that something is wrong with its peer."""
+REPLY_TIMEOUT_S = 5.0
+"""A peer that takes longer to answer, or so much longer than `PREPARE_S` to answer OPEN, has a fault."""
+PREPARE_S = 30.0
+"""A stage whose layers were not loaded as they are cut now reads weights first: about a layer, in 0.1 to 1 s, and on small devices
+in several seconds."""
 
-
-REFUSALS = frozenset({OutOfMemory.code, NoPeer.code, Overloaded.code})
+REFUSALS = frozenset({OutOfMemory.code, NoPeer.code, Overloaded.code, NotReady.code})
 """Errors with which a stage refuses to open when its peer has changed since the plan was made, for example because another session
-took the memory. That is load and no fault of the peer, and a new plan may succeed."""
+took the memory, or when it was not prepared in time. That is load and no fault of the peer, and a new plan may succeed."""
 
 
 def at_fault(error: MeshdError, peer: PeerId) -> PeerId | None:
@@ -66,12 +79,10 @@ class StageClient:
     renewed_at: float
     predecessors: tuple[PeerId, ...] = ()
     """The session's earlier coordinators."""
-    _prompt_epoch: int = 0
-    """The epoch whose prompt is wanted. Chunks of any other epoch that wait for room on their lane are dropped."""
-    _prompts: Backlog = field(init=False)
+    prompt: PromptSender = field(init=False)
 
     def __post_init__(self) -> None:
-        self._prompts = Backlog(self.links)
+        self.prompt = PromptSender(self.record.session, self.links)
 
     @property
     def session(self) -> SessionId:
@@ -89,14 +100,14 @@ class StageClient:
         payload = self._ids_for(command.plan, stage, tokens)
         message = self._open_message(command, stage)
         try:
-            reply, _ = await self.links.request(peer, message, payload, timeout_s=OPEN_TIMEOUT_S)
+            reply, _ = await self.links.request(peer, message, payload, timeout_s=PREPARE_S + REPLY_TIMEOUT_S)
         except RemoteFailure as error:
             if error.remote_code == InvalidSampling.code:
                 raise InvalidSampling(error.message, hint=error.hint) from error
             raise
         if not isinstance(reply, Opened):
             raise PeerFault(f"OPEN was answered with {type(reply).__name__}")
-        return StageHeld(reply.held, reply.mirrored, reply.kept_from, reply.kept_to)
+        return StageHeld(reply.held, reply.mirrored, reply.kept_from, reply.kept_to, reply.held_from)
 
     def _open_message(self, command: OpenStages, stage: int) -> Open:
         return Open(
@@ -111,6 +122,7 @@ class StageClient:
             sampling=self.record.sampling if stage == len(command.plan.stages) - 1 else None,
             ignore_eos=self.record.ignore_eos,
             lease_ms=int(LEASE_S * 1000),
+            deadline_ms=int(PREPARE_S * 1000),
             credit=command.credit,
             answered=command.answered,
             resume=command.epoch > 1,
@@ -146,7 +158,7 @@ class StageClient:
             lease_ms=int(LEASE_S * 1000),
             predecessors=self.predecessors,
         )
-        await self.links.request(target, expect, timeout_s=OPEN_TIMEOUT_S)
+        await self.links.request(target, expect, timeout_s=REPLY_TIMEOUT_S)
         self.send(source, Mirror(session=self.session, epoch=epoch, stage=stage, target=target, eager=eager))
 
     def resume(self, command: ResumeStages) -> None:
@@ -156,24 +168,14 @@ class StageClient:
             self.send(command.plan.stages[stage].peer, message)
 
     def send_prompt(self, epoch: int, plan: Plan, start: int, tokens: Sequence[int]) -> None:
-        """Send the first stage the known ids from position `start` on, in chunks of the plan's size."""
-        self._prompt_epoch = epoch
-        peer, ids = plan.stages[0].peer, self._known_ids(tokens)
-        chunk = plan.prefill_chunk_tokens
-        for step in range(start, len(ids), chunk):
-            part = ids[step : step + chunk]
-            message = Prompt(session=self.session, epoch=epoch, step=step, tokens=len(part), last=step + len(part) == len(ids))
-            self._prompts.send(
-                peer,
-                message,
-                part.data.cast("B"),
-                wanted=lambda: self._prompt_epoch == epoch,
-                failed=lambda error: log.debug("PROMPT to %.8s not sent: %s", peer, error),
-            )
+        """Send the first stage the known ids from position `start` on. It cuts them into chunks as its device allows."""
+        self.prompt.send(epoch, plan.stages[0].peer, self._known_ids(tokens), start)
 
-    def grant(self, epoch: int, peer: PeerId, index: int, *, hold: bool = False) -> None:
-        """Allow the stages to make answer tokens before `index`. `hold`: withdraw any larger credit that was granted before."""
-        self.send(peer, Credit(session=self.session, epoch=epoch, index=index, hold=hold))
+    def grant(self, epoch: int, plan: Plan, arrived: int, credit: int) -> None:
+        """Tell the first and the last stage that answer tokens before `arrived` are here and those before `credit` may come."""
+        message = Ack(session=self.session, epoch=epoch, stage=len(plan.stages), next_seq=arrived, credit=credit)
+        for peer in dict.fromkeys((plan.stages[0].peer, plan.stages[-1].peer)):
+            self.send(peer, message)
 
     def renew(self, peers: Collection[PeerId], epoch: int, now: float) -> None:
         """Renew the leases at these peers, at most once per `RENEW_S` seconds."""
@@ -184,8 +186,7 @@ class StageClient:
 
     def close(self, command: CloseStages) -> None:
         """Have the command's peers free their memory of the session."""
-        if self._prompt_epoch <= command.epoch:
-            self._prompt_epoch = 0
+        self.prompt.forget(command.epoch)
         for peer in command.peers:
             self.send(peer, Close(session=self.session, epoch=command.epoch, reason=command.reason, undo=command.undo))
 

@@ -1,4 +1,4 @@
-"""Receives the messages that stages send to the coordinator of their session: TOKEN, FAILED, MIRRORED and ERROR."""
+"""Receives the messages that stages send to the coordinator of their session: TOKENS, ACK, FAILED, MIRRORED and ERROR."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from meshd.agents.session.answer import Answer
 from meshd.agents.session.plan.move import Mover
 from meshd.agents.session.plan.retry import PlanRetrier
 from meshd.errors import InvalidSampling, MeshdError, PeerFault, PeerLost, RemoteFailure
-from meshd.protocol.messages import Closed, Error, Failed, Mirrored, Token
+from meshd.protocol.messages import Ack, Closed, Error, Failed, Mirrored, Tokens
 from meshd.types import PeerId, Plan, SessionId
 
 
@@ -22,22 +22,31 @@ class StageReceiver:
     names: Callable[[PeerId], str]
 
     def register(self, links: Links) -> None:
-        """Register the handlers of FAILED, CLOSED and MIRRORED. The coordinator passes TOKEN and ERROR on."""
+        """Register the handlers of FAILED, CLOSED and MIRRORED. The coordinator passes TOKENS, ACK and ERROR on."""
         links.register(Failed, self._on_failed)
         links.register(Closed, lambda sender, message, payload: None)
         links.register(Mirrored, self._on_mirrored)
 
-    def on_token(self, sender: PeerId, message: Token) -> None:
-        """Pass a token to its answer. Ignore it unless it comes from the peer of the last stage."""
+    def on_tokens(self, sender: PeerId, message: Tokens) -> None:
+        """Pass tokens to their answer. Ignore them unless they come from the peer of the last stage."""
         answer = self._answer_of(sender, message.session)
         if answer is None or answer.plan is None or answer.plan.peers[-1] != sender:
             return
         vocabulary = answer.card.spec.vocab
-        if 0 <= message.token < vocabulary:
-            answer.token_arrived(message)
+        largest = max(message.tokens)
+        if largest < vocabulary and len(message.logprobs) in (0, len(message.tokens)):
+            answer.tokens_arrived(message)
             return
-        error = PeerFault(f"{self.names(sender)} sent token {message.token}, but the vocabulary has only {vocabulary} tokens")
+        error = PeerFault(f"{self.names(sender)} sent token {largest}, but the vocabulary has only {vocabulary} tokens")
+        if largest < vocabulary:
+            error = PeerFault(f"{self.names(sender)} sent {len(message.logprobs)} logprobs for {len(message.tokens)} tokens")
         answer.stage_failed(message.epoch, len(answer.plan.stages) - 1, error, sender)
+
+    def on_ack(self, sender: PeerId, message: Ack) -> None:
+        """Let an answer send more of its prompt to the first stage."""
+        answer = self._answer_of(sender, message.session)
+        if answer is not None and answer.plan is not None and answer.plan.peers[0] == sender:
+            answer.stages.prompt.acknowledged(message.epoch, message.credit)
 
     def on_error(self, sender: PeerId, message: Error) -> None:
         """Recover the answer, because a stage's peer refused a message of its session."""

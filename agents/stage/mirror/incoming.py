@@ -14,7 +14,7 @@ from meshd.agents.observe.story import Story
 from meshd.agents.placement.resident import ResidentModels
 from meshd.agents.stage.kv import KvManager, SessionKv, StageCache
 from meshd.agents.stage.leases import SessionLeases
-from meshd.errors import InvalidRequest, MeshdError, ProtocolViolation
+from meshd.errors import InvalidRequest, MeshdError
 from meshd.protocol.messages import CopyExpected, ExpectCopy, KvAccepted, KvBlocks, KvOffer, KvStored
 from meshd.types import LayerRange, PeerId, SessionId
 
@@ -37,7 +37,7 @@ class IncomingMirrors:
         """Reserve KV for a copy that the coordinator announces. A repeat gets the same cache.
 
         Raises: InvalidRequest if the copy is empty or its source is this peer; Superseded if the epoch is past or another peer
-        coordinates the session; NoPeer if the layers are not in memory; OutOfMemory.
+        coordinates the session; NoPeer if the layers are not in memory and the model is not known; OutOfMemory.
         """
         if message.tokens < 1:
             raise InvalidRequest("a copy needs at least one token")
@@ -96,15 +96,14 @@ class IncomingMirrors:
         if message.position > cache.filled:
             return ""  # a chunk before this one was lost: the answer contains the position to restart at
         try:
-            if message.tokens < 1 or len(payload) != message.tokens * len(cache.layers) * lease.pool.layer_bytes:
-                raise ProtocolViolation(f"KV_BLOCKS has the wrong size: {len(payload)} bytes for {message.tokens} tokens")
-            lease.pool.copy_in(cache.layers, lease.table, message.position, payload)
+            lease.kv.copy_in(cache.layers, message.position, message.position + message.tokens, payload)
         except MeshdError as error:
             log.warning("session %s: the copy from %.8s is dropped: %s", session_kv.session, cache.source, error)
             self.kv_manager.drop(session_kv, cache)
             self.on_change()
             return str(error)
-        cache.filled = message.position + message.tokens
+        end = message.position + message.tokens
+        cache.extend(end, end)
         return ""
 
 

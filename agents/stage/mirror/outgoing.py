@@ -10,6 +10,9 @@ from meshd.agents.observe.story import Story
 from meshd.agents.stage.mirror import copy as fsm
 from meshd.agents.stage.steps import ActiveStage
 from meshd.errors import MeshdError, ProtocolViolation
+from meshd.kernels.kv.copies import HEADER_BYTES
+from meshd.kernels.kv.memory import PAGE_TOKENS
+from meshd.kernels.kv.share import STEP_TOKENS
 from meshd.protocol.messages import KvAccepted, KvBlocks, KvOffer, KvStored, Mirror, Mirrored
 from meshd.types import PeerId, SessionId
 
@@ -134,8 +137,7 @@ class OutgoingMirrors:
         opened, cache = copy.active.open, copy.active.cache
         blocks = KvBlocks(session=opened.session, epoch=opened.epoch, layers=cache.layers, position=position, tokens=tokens)
         try:
-            values = cache.lease.pool.copy_out(cache.layers, cache.lease.table, position, position + tokens)
-            self.links.send(copy.target, blocks, values.data.cast("B"))
+            self.links.send(copy.target, blocks, cache.lease.kv.copy_out(cache.layers, position, position + tokens))
         except MeshdError as error:
             self._apply(copy, fsm.CopyFailed(str(error)))
 
@@ -164,5 +166,6 @@ class OutgoingMirrors:
 
 def _machine(active: ActiveStage, *, eager: bool) -> fsm.MirrorCopy:
     cache = active.cache
-    chunk_tokens = _CHUNK_BYTES // (len(cache.layers) * cache.lease.pool.layer_bytes)
-    return fsm.MirrorCopy(cache.filled, max(1, chunk_tokens), cache.lease.pool.block_tokens, eager)
+    rows_bytes = _CHUNK_BYTES - HEADER_BYTES * len(cache.layers)
+    chunk_tokens = rows_bytes // max(1, cache.lease.kv.token_bytes(cache.layers))
+    return fsm.MirrorCopy(cache.filled, min(max(1, chunk_tokens), STEP_TOKENS), PAGE_TOKENS, eager)

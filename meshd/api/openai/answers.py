@@ -190,11 +190,12 @@ def _set_headers(request: web.Request, admitted: Mapping[int, Generation], waite
 
 
 def _headers(admitted: Mapping[int, Generation], waited_s: float) -> dict[str, str]:
-    """Make the response headers: sessions of all admitted answers in order, plan and predicted times of the first answer."""
+    """Make the response headers: sessions of all admitted answers in order; plan, numerics and predicted times of the first."""
     generations = [admitted[index] for index in sorted(admitted)]
     return {
         "x-meshd-session": ",".join(generation.session for generation in generations),
         "x-meshd-plan": quote(generations[0].plan_header, safe=" :,"),  # header values allow fewer characters than peer names
+        "x-meshd-numerics": generations[0].numerics_header,
         "x-meshd-predicted-ttft-ms": f"{(waited_s + generations[0].predicted_ttft_s) * 1000:.3f}",
         "x-meshd-predicted-tpot-ms": f"{generations[0].predicted_tpot_s * 1000:.3f}",
     }

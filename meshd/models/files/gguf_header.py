@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import NoReturn, TypeAlias
 
 from meshd.errors import ModelFileError
-from meshd.tensors import HELD_BITS
+from meshd.tensors import KINDS as COMPUTED
 
 MetadataValue: TypeAlias = bool | int | float | str | tuple["MetadataValue", ...]
 
@@ -89,7 +89,7 @@ _NAMED_KINDS: Mapping[int, str] = MappingProxyType(
     }
 )
 """Names, for errors, of ggml's other types: those that it removed, and those whose blocks are not described here."""
-OTHER_KIND = f"take the model in another quantisation, such as Q4_K_M or Q8_0; meshd computes {', '.join(HELD_BITS)}"
+OTHER_KIND = f"take the model in another quantisation, such as Q4_K_M or Q8_0; meshd computes {', '.join(COMPUTED)}"
 """What to do about a model in a kind that meshd does not compute."""
 
 

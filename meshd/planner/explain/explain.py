@@ -4,6 +4,7 @@ from typing import Any
 
 import msgspec
 
+from meshd.planner.explain.numerics import numerics_report
 from meshd.planner.explain.reasons import (
     BindingConstraint,
     ExcludedPeer,
@@ -15,6 +16,7 @@ from meshd.planner.explain.reasons import (
 )
 from meshd.planner.model.estimate import Estimate, HopEstimate, PeerMemory, StageEstimate
 from meshd.planner.problem import PlanInput
+from meshd.planner.search.numerics import Exactness
 from meshd.planner.search.solve import Solution, objective_value
 from meshd.planner.stages import stages_text
 from meshd.planner.units import show_bytes, show_rate, show_seconds, show_value
@@ -37,6 +39,7 @@ def explain(problem: PlanInput, solution: Solution) -> dict[str, Any]:
         "method": solution.method,
         "context": problem.context,
         "prompt_tokens": problem.prompt_tokens,
+        "numerics": reasons.numerics.row(),
         "predicted": _predicted(solution.estimate),
         "stages": [_stage_row(stage) for stage in solution.estimate.stages],
         "hops": [reasons.hop_row(hop) for hop in (*solution.estimate.hops, solution.estimate.back)],
@@ -60,6 +63,7 @@ class _Explanation:
         self.bindings: tuple[BindingConstraint, ...] = bindings(problem, solution)
         self.left_out: tuple[ExcludedPeer, ...] = excluded_peers(problem, solution)
         self.runner_up = runner_up(problem, solution)
+        self.numerics = numerics_report(problem, solution)
         self.names = {profile.id: profile.name for profile in problem.profiles}
 
     @property
@@ -82,6 +86,8 @@ class _Explanation:
             f"predicted: {rates}, {ttft}, {show_rate(predicted.period_s)} over many requests",
             f"memory at a context of {self.problem.context}: {', '.join(map(self._memory_text, predicted.memory))}",
         ]
+        if any(self.numerics.ids) and self.numerics.exactness is not Exactness.PROMISED:
+            lines.append(self.numerics.text)
         lines += [f"binding: {binding.reason}" for binding in self.bindings]
         return lines + self._advice()
 
@@ -101,6 +107,7 @@ class _Explanation:
             *map(_stage_text, self.solution.estimate.stages),
             *map(self._hop_text, (*self.solution.estimate.hops, self.solution.estimate.back)),
             *map(self._purposes_text, self.solution.estimate.memory),
+            self.numerics.text,
             self._alone_text(),
             self._runner_up_text(),
             *(f"left out: {row.name}: {row.reason}" for row in self.left_out),

@@ -6,11 +6,13 @@ from dataclasses import replace
 import msgspec
 
 from meshd.errors import MeshdError
+from meshd.numerics import show_numerics
 from meshd.planner.eligible import eligible, exclusions
 from meshd.planner.model.estimate import Estimate, estimate, peer_memory
 from meshd.planner.model.memory import capacity_bytes, memory_table, missing_bytes
 from meshd.planner.problem import PlanInput
 from meshd.planner.search.limits import SearchLimits
+from meshd.planner.search.numerics import exactness
 from meshd.planner.search.solve import Solution, objective_value, search
 from meshd.planner.units import show_bytes, show_value
 from meshd.types import LayerRange, Objective, PeerId, StagePlan
@@ -171,6 +173,9 @@ def _not_chosen(problem: PlanInput, solution: Solution, peer: PeerId) -> tuple[s
     if found is None:
         return "no plan with it and the chosen peers fits", None
     value = show_value(problem.objective, found.value)
+    if found.value < solution.value and exactness(found.numerics) > exactness(solution.numerics):
+        own = show_numerics((problem.profile(peer).numerics,)) or "unknown"
+        return f"its numerics are {own}: {value} with it, which is too little gain for mixed numerics", found.value
     if found.value <= solution.value * (1 + MIN_GAIN):
         return f"it would not help: {value} with it, {show_value(problem.objective, solution.value)} without", found.value
     return f"it would slow the plan down: {value} with it, {show_value(problem.objective, solution.value)} without", found.value
@@ -178,4 +183,5 @@ def _not_chosen(problem: PlanInput, solution: Solution, peer: PeerId) -> tuple[s
 
 def _least_memory(problem: PlanInput, peer: PeerId) -> tuple[int, int]:
     """Return (capacity of the peer, free memory that the smallest stage and the reserve need), in bytes."""
-    return capacity_bytes(problem, problem.profile(peer)), missing_bytes(float(memory_table(problem).min()), 0)
+    profile = problem.profile(peer)
+    return capacity_bytes(problem, profile), missing_bytes(float(memory_table(problem, profile).min()), 0)

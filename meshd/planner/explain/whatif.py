@@ -87,7 +87,9 @@ def _profile(name: str, values: dict[str, float], present: Sequence[PeerProfile]
         name=name,
         rates=_scaled(like.rates, scale, values.get("flops")),
         memory_free_bytes=int(values["ram"]),
+        numerics=like.numerics,
         power_w=values.get("power"),
+        weight_bits=like.weight_bits,
         hypothetical=True,
     )
 

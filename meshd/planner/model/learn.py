@@ -104,6 +104,15 @@ class StepLearner:
             "prefill": [Typical(), *[Factor()] * contexts],
         }
         self._overhead = _Learned()
+        self._rows = Factor()
+
+    def observe_rows(self, measured_s: float, predicted_s: float, now: float) -> None:
+        """Add what the further steps of one pass took beside the first. `predicted_s`: by `cost`, without any correction."""
+        self._rows = self._rows.observed(max(measured_s, LEAST_FACTOR * predicted_s), predicted_s, now)
+
+    def rows_factor(self, now: float) -> float:
+        """Return the present factor of the further steps of a pass."""
+        return self._rows.current(now)
 
     def observe(self, phase: Phase, place: int, measured_s: float, predicted_s: float, now: float) -> None:
         """Add the computation of one step.

@@ -5,6 +5,7 @@ of one prefill chunk and a constant for the backend. A reserve covers the rest.
 """
 
 import math
+from collections.abc import Mapping, Sequence
 
 import msgspec
 import numpy as np
@@ -12,12 +13,15 @@ from numpy.typing import NDArray
 
 from meshd.planner.problem import PlanInput
 from meshd.planner.profile import PeerProfile
-from meshd.types import AttentionShard, StagePlan
+from meshd.types import AttentionShard, ModelCard, StagePlan
 
 RESERVE = 0.10
 """Share of a peer's free memory that no plan takes. It covers allocator slack and other programs on the device."""
 RUNTIME_BASE_BYTES = 64 << 20
 """Memory for a backend's buffers and threads, whatever layers it has loaded."""
+
+UNKNOWN_BITS = 32.0
+"""Bits of a weight of a kind that a peer's backend does not name: as many as any takes."""
 
 
 class MemoryUse(msgspec.Struct, frozen=True, kw_only=True):
@@ -40,14 +44,17 @@ class MemoryUse(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def stage_memory(problem: PlanInput, stage: StagePlan) -> MemoryUse:
-    """Predict the memory of a stage on its own peer. KV that its attention shards hold on other peers is not counted."""
-    card, layers = problem.card, stage.layers
+    """Predict the memory of a stage on its own peer. KV that its attention shards hold on other peers is not counted.
+
+    Raises: NoPeer if the peer has no profile.
+    """
+    card, layers, bits = problem.card, stage.layers, problem.profile(stage.peer).weight_bits
     first, last = layers.start == 0, layers.end == card.spec.layers
     elsewhere = sum(shard_kv_bytes(problem, shard) for shard in stage.attention if shard.peer != stage.peer)
     return MemoryUse(
-        layers_bytes=sum(card.held_layer_bytes[layers.start : layers.end]),
+        layers_bytes=int(_layer_bytes(card, bits)[layers.start : layers.end].sum()),
         embedding_bytes=card.embedding_bytes if first else 0,
-        head_bytes=(_head_bytes(problem, shared=first) if last else 0),
+        head_bytes=_head_bytes(card, bits, shared=first) if last else 0,
         kv_bytes=problem.kv_token_layer_bytes * problem.context * len(layers) - elsewhere,
         working_bytes=_working_bytes(problem, last),
         runtime_bytes=RUNTIME_BASE_BYTES,
@@ -63,20 +70,33 @@ def shard_kv_bytes(problem: PlanInput, shard: AttentionShard) -> int:
     return len(shard.layers) * (last_head - first_head) * max(0, min(last, problem.context) - first) * per_head
 
 
-def memory_table(problem: PlanInput) -> NDArray[np.float64]:
+def memory_table(problem: PlanInput, profile: PeerProfile) -> NDArray[np.float64]:
     """Predict the bytes that each run of layers `[a, b)` takes on a peer, as `stage_memory` does.
 
     Returns: bytes, `[layers + 1, layers + 1]`; inf where b <= a.
     """
-    card, count = problem.card, problem.card.spec.layers
-    per_layer = np.asarray(card.held_layer_bytes, dtype=np.float64) + problem.kv_token_layer_bytes * problem.context
+    card, count, bits = problem.card, problem.card.spec.layers, profile.weight_bits
+    per_layer = _layer_bytes(card, bits) + problem.kv_token_layer_bytes * problem.context
     total = np.concatenate(([0.0], np.cumsum(per_layer)))
     table = total[None, :] - total[:, None] + _working_bytes(problem, last=False) + RUNTIME_BASE_BYTES
+    head = _head_bytes(card, bits, shared=False)
     table[0, :] += card.embedding_bytes
-    table[:, count] += card.held_head_bytes + _working_bytes(problem, last=True) - _working_bytes(problem, last=False)
-    table[0, count] -= card.held_head_bytes - _head_bytes(problem, shared=True)
+    table[:, count] += head + _working_bytes(problem, last=True) - _working_bytes(problem, last=False)
+    table[0, count] -= head - _head_bytes(card, bits, shared=True)
     table[np.tril_indices(count + 1)] = np.inf
     return table
+
+
+def memory_tables(problem: PlanInput, peers: Sequence[PeerProfile]) -> NDArray[np.float64]:
+    """Return the `memory_table` of each peer. Peers of the same backend share one. Returns: `[peers, layers + 1, layers + 1]`."""
+    tables: dict[tuple[tuple[str, float], ...], NDArray[np.float64]] = {}
+    rows = []
+    for peer in peers:
+        key = tuple(sorted(peer.weight_bits.items()))
+        if key not in tables:
+            tables[key] = memory_table(problem, peer)
+        rows.append(tables[key])
+    return np.stack(rows)
 
 
 def capacity_bytes(problem: PlanInput, profile: PeerProfile) -> int:
@@ -100,12 +120,22 @@ def missing_bytes(used_bytes: float, capacity: float) -> int:
     return max(0, math.ceil(used_bytes / (1 - RESERVE) - capacity))
 
 
-def _head_bytes(problem: PlanInput, *, shared: bool) -> int:
+def _layer_bytes(card: ModelCard, weight_bits: Mapping[str, float]) -> NDArray[np.float64]:
+    """Return the whole bytes that each layer's weights take: `[layers]`."""
+    if not weight_bits or not card.layer_weights:
+        return np.asarray(card.layer_bytes, dtype=np.float64)
+    counts = np.asarray(list(card.layer_weights.values()), dtype=np.float64)  # [kinds, layers]
+    bits = np.array([weight_bits.get(kind, UNKNOWN_BITS) for kind in card.layer_weights])
+    sizes: NDArray[np.float64] = np.ceil(bits @ counts / 8)
+    return sizes
+
+
+def _head_bytes(card: ModelCard, weight_bits: Mapping[str, float], *, shared: bool) -> int:
     """Return the bytes of the head. A tied head shares the embedding's table if both are on one stage (`shared`)."""
-    card = problem.card
-    if shared and card.spec.tied_head:
-        return max(0, card.held_head_bytes - card.embedding_bytes)
-    return card.held_head_bytes
+    size = card.head_bytes
+    if weight_bits and card.head_weights:
+        size = math.ceil(sum(count * weight_bits.get(kind, UNKNOWN_BITS) for kind, count in card.head_weights.items()) / 8)
+    return max(0, size - card.embedding_bytes) if shared and card.spec.tied_head else size
 
 
 def _working_bytes(problem: PlanInput, last: bool) -> int:

@@ -9,7 +9,7 @@ import numpy as np
 
 from meshd.planner.chain import Array
 from meshd.planner.model import cost
-from meshd.planner.model.memory import allowed_bytes, capacity_bytes, memory_table
+from meshd.planner.model.memory import allowed_bytes, capacity_bytes, memory_tables
 from meshd.planner.problem import PlanInput
 from meshd.planner.profile import PeerProfile
 
@@ -23,8 +23,8 @@ class CostTables:
 
     @cached_property
     def memory(self) -> Array:
-        """Bytes of a stage, equal on every peer: `[cuts, cuts]`."""
-        return memory_table(self.problem)
+        """Bytes of a stage on each peer: `[peers, cuts, cuts]`."""
+        return memory_tables(self.problem, self.peers)
 
     @cached_property
     def possible(self) -> Array:
@@ -33,14 +33,14 @@ class CostTables:
             allowed = np.stack([self._resident(peer) for peer in self.peers])
         else:
             most = np.array([allowed_bytes(self.problem, peer) for peer in self.peers])
-            allowed = self.memory[None] <= most[:, None, None]
+            allowed = self.memory <= most[:, None, None]
         return np.where(allowed, 0.0, np.inf)
 
     @cached_property
     def share(self) -> Array:
         """Share of a peer's capacity that a stage takes, inf where the peer may not take it: `[peers, cuts, cuts]`."""
         capacity = np.array([max(1, capacity_bytes(self.problem, peer)) for peer in self.peers], dtype=np.float64)
-        return self.memory[None] / capacity[:, None, None] + self.possible
+        return self.memory / capacity[:, None, None] + self.possible
 
     @cached_property
     def decode(self) -> Array:

@@ -15,4 +15,5 @@ def build_plan(plan_id: PlanId, problem: PlanInput, solution: Solution) -> Plan:
         context=problem.context,
         predicted_ttft_s=solution.estimate.ttft_s,
         predicted_tpot_s=solution.estimate.tpot_s,
+        numerics=problem.numerics(solution.stages),
     )

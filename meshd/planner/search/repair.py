@@ -5,21 +5,24 @@ memory the layers would fill, the more the cost is scaled up. The searches for p
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from contextlib import suppress
 
 import msgspec
 import numpy as np
 
 from meshd.errors import DoesNotFit, NoPeer
+from meshd.numerics import NumericsId
 from meshd.planner.chain import Array
 from meshd.planner.eligible import exclusions
-from meshd.planner.model.memory import RESERVE, memory_table, stage_memory
+from meshd.planner.model.memory import RESERVE, memory_tables, stage_memory
 from meshd.planner.model.tables import CostTables
 from meshd.planner.network import UNMEASURED_BANDWIDTH_BYTES_S
 from meshd.planner.problem import PlanInput
 from meshd.planner.profile import PeerProfile
 from meshd.planner.search.exact import ChainCosts
 from meshd.planner.search.limits import SearchLimits
+from meshd.planner.search.numerics import in_use
 from meshd.planner.search.select import search_for
 from meshd.planner.units import show_bytes
 from meshd.types import LayerRange, StagePlan
@@ -47,13 +50,38 @@ def repair(problem: PlanInput, missing: Sequence[LayerRange], *, kv_tokens: int)
 
 
 def repair_within(
-    problem: PlanInput, missing: Sequence[LayerRange], *, kv_tokens: int, least_tokens: int
+    problem: PlanInput,
+    missing: Sequence[LayerRange],
+    *,
+    kv_tokens: int,
+    least_tokens: int,
+    one_numerics: bool = False,
 ) -> tuple[tuple[StagePlan, ...], int]:
     """Choose stages as `repair` does, but halve `kv_tokens` as long as memory is short, down to `least_tokens`.
+
+    Peers with the numerics of those that serve the model now are chosen first, even with KV for fewer tokens; with `one_numerics`,
+    no others are.
 
     Returns: (stages, number of tokens that they have KV for).
     Raises: NoPeer if no peer may take layers; DoesNotFit if memory is short even for `least_tokens`.
     """
+    own = with_numerics(problem, in_use(problem.profiles))
+    if own is not problem and not one_numerics:
+        with suppress(NoPeer, DoesNotFit):
+            return _repair_halving(own, missing, kv_tokens, least_tokens)
+    return _repair_halving(own if one_numerics else problem, missing, kv_tokens, least_tokens)
+
+
+def with_numerics(problem: PlanInput, numerics: Collection[NumericsId]) -> PlanInput:
+    """Leave only the peers with these ids to be chosen. Returns: the problem itself if that changes nothing, or without an id."""
+    allowed = [profile.id for profile in problem.profiles if problem.peers is None or profile.id in problem.peers]
+    own = tuple(peer for peer in allowed if problem.profile(peer).numerics in numerics)
+    return problem if not numerics or len(own) == len(allowed) else msgspec.structs.replace(problem, peers=own)
+
+
+def _repair_halving(
+    problem: PlanInput, missing: Sequence[LayerRange], kv_tokens: int, least_tokens: int
+) -> tuple[tuple[StagePlan, ...], int]:
     while True:
         try:
             return repair(problem, missing, kv_tokens=kv_tokens), kv_tokens
@@ -80,15 +108,15 @@ class _RepairSearch:
     def __init__(self, problem: PlanInput, peers: tuple[PeerProfile, ...], layers: LayerRange, kv_tokens: int) -> None:
         self._problem, self._peers, self._layers, self._kv_tokens = problem, peers, layers, kv_tokens
         self._tables = CostTables(problem, peers)
-        self._memory = memory_table(msgspec.structs.replace(problem, context=kv_tokens))
+        self._memory = memory_tables(msgspec.structs.replace(problem, context=kv_tokens), peers)
         self._allowed = np.array([peer.memory_free_bytes * (1 - RESERVE) for peer in peers])
 
     def search(self) -> tuple[StagePlan, ...]:
         cuts = slice(self._layers.start, self._layers.end + 1)
         stage = (self._load_s() + TOKENS_AHEAD * self._tables.decode_anywhere)[:, cuts, cuts]
-        memory, allowed = self._memory[None, cuts, cuts], self._allowed[:, None, None]
+        memory, allowed = self._memory[:, cuts, cuts], self._allowed[:, None, None]
         # Fullness is computed as if a peer took the whole run, so that splitting the run does not make peers look emptier.
-        fullness = np.minimum(1.0, memory[0, 0, -1] / np.maximum(1.0, allowed))
+        fullness = np.minimum(1.0, memory[:, :1, -1:] / np.maximum(1.0, allowed))
         stage = np.where(memory <= allowed, stage * (1 + fullness), np.inf)
         stage[:, 0, :] += self._hops_s(self._layers.start - 1, towards=True)[:, None]
         stage[:, :, -1] += self._hops_s(self._layers.end, towards=False)[:, None]
@@ -133,13 +161,14 @@ class _RepairSearch:
         return TOKENS_AHEAD * np.array([min(row, default=0.0) for row in hops])
 
     def _does_not_fit(self) -> DoesNotFit:
-        layers, needed = self._layers, float(self._memory[self._layers.start, self._layers.end])
-        best = int(np.argmax(self._allowed))
-        allowed = float(self._allowed[best])
+        layers = self._layers
+        takes = self._memory[:, layers.start, layers.end]
+        best = int(np.argmax(self._allowed - takes))
+        needed, allowed = float(takes[best]), float(self._allowed[best])
         name = self._peers[best].name
         return DoesNotFit(
             f"layers {layers} of {self._problem.card.name} fit nowhere: they need {show_bytes(needed)} with KV"
-            f" for {self._kv_tokens} tokens, and the most that a live peer may take is {show_bytes(allowed)} ({name})",
+            f" for {self._kv_tokens} tokens on {name}, which may take {show_bytes(allowed)} and comes closest",
             missing_bytes=max(1, math.ceil(needed - allowed)),
             hint="start `meshd up` on another device, or allow more `--memory`",
         )

@@ -61,11 +61,11 @@ def _least_overflow(problem: PlanInput, context: int) -> tuple[tuple[LayerRun, .
     asked = msgspec.structs.replace(problem, context=context, prompt_tokens=min(problem.prompt_tokens, context))
     tables = CostTables(asked, eligible(asked))
     capacity = np.array([capacity_bytes(asked, peer) for peer in tables.peers], dtype=np.float64)
-    over = np.ceil(np.maximum(0.0, tables.memory[None] / (1 - RESERVE) - capacity[:, None, None]))
+    over = np.ceil(np.maximum(0.0, tables.memory / (1 - RESERVE) - capacity[:, None, None]))
     count = len(tables.peers)
     chain = search_for(count)(ChainCosts(over, np.zeros((count, count))), SearchLimits(least=asked.min_peers))
     runs = chain.runs if chain else ()
-    missing = [missing_bytes(float(tables.memory[run.start, run.end]), capacity[run.peer]) for run in runs]
+    missing = [missing_bytes(float(tables.memory[run.peer, run.start, run.end]), capacity[run.peer]) for run in runs]
     return runs, tables, missing
 
 

@@ -5,11 +5,14 @@ from dataclasses import replace
 import msgspec
 
 from meshd.errors import ContextTooLong, InvalidRequest, Unavailable
+from meshd.numerics import NumericsId
 from meshd.planner.eligible import check_power, eligible
 from meshd.planner.model.estimate import Estimate, estimate
 from meshd.planner.model.tables import CostTables
 from meshd.planner.problem import PlanInput
+from meshd.planner.profile import PeerProfile
 from meshd.planner.search.limits import SearchLimits
+from meshd.planner.search.numerics import Exactness, exactness, groups_of, limits_within, preferred
 from meshd.planner.search.objectives import cheapest
 from meshd.planner.search.select import EXACT_PEERS, search_for
 from meshd.planner.search.shortfall import check_given, does_not_fit
@@ -25,6 +28,8 @@ class Solution(msgspec.Struct, frozen=True, kw_only=True):
     objective: Objective
     method: str
     """How the stages were found: `exact` or `heuristic` search, or `given` by the request."""
+    numerics: tuple[NumericsId, ...]
+    """The id of each stage's peer, in order."""
 
     @property
     def value(self) -> float:
@@ -52,9 +57,10 @@ def solve(problem: PlanInput) -> Solution:
     """Find the best plan. The same problem always has the same solution.
 
     The search is exact up to `EXACT_PEERS` peers, and heuristic (`meshd.planner.search.heuristic`) beyond. Of equal plans it takes
-    the one with the fewest peers, then the one whose peers' names come first. If the best plan exceeds the time limits, the
-    solution is the plan with the least TPOT or, if that also exceeds them, the plan with the least TTFT. If the problem names
-    stages, they are only checked, and the solution has these stages.
+    the one with the fewest peers, then the one whose peers' names come first. A plan on one numerics id is better than one over
+    several that is not clearly faster (`meshd.planner.search.numerics`). If the best plan exceeds the time limits, the solution is
+    the plan with the least TPOT or, if that also exceeds them, the plan with the least TTFT; then the same with any numerics. If
+    the problem names stages, they are only checked, and the solution has these stages.
 
     Raises: InvalidRequest, ContextTooLong, NoPeer; DoesNotFit if no plan fits in memory; Unavailable if none of these plans keeps
     the time limits. With `resident_only`: NotReady if the resident layers form no route; Overloaded if only free KV is missing.
@@ -69,21 +75,59 @@ def solve(problem: PlanInput) -> Solution:
     if _keeps_limits(problem, solution):
         return solution
     others = (
-        search(msgspec.structs.replace(problem, objective=other), SearchLimits()) for other in (Objective.LATENCY, Objective.TTFT)
+        search(msgspec.structs.replace(problem, objective=other), SearchLimits(), prefer_one_numerics=one)
+        for one in (True, False)
+        for other in (Objective.LATENCY, Objective.TTFT)
     )
     return _within_limits(problem, (solution, *(other for other in others if other is not None)))
 
 
-def search(problem: PlanInput, limits: SearchLimits) -> Solution | None:
+def search(problem: PlanInput, limits: SearchLimits, *, prefer_one_numerics: bool = True) -> Solution | None:
     """Find the best plan by the problem's objective within `limits`, whose peers are indices into `eligible(problem)`.
 
-    The time limits of the problem and its `stages` are ignored.
+    The time limits of the problem and its `stages` are ignored. With `prefer_one_numerics`, plans on one id are searched besides,
+    and the best of all is chosen by `meshd.planner.search.numerics.preferred`; otherwise ids do not matter.
 
     Returns: the solution; None if there is no such plan.
     Raises: the errors of `eligible`.
     """
     peers = eligible(problem)
     limits = replace(limits, least=max(limits.least, problem.min_peers))
+    best = _search_among(problem, peers, limits)
+    if best is None or not prefer_one_numerics:
+        return best
+    found = [best]
+    for group in groups_of(peers):
+        members, within = tuple(peers[place] for place in group), limits_within(limits, group)
+        if within is None or len(group) < within.least or exactness([members[0].numerics]) >= exactness(best.numerics):
+            continue  # no plan of the group can be allowed, or more exact than the best
+        alike = _search_among(problem, members, within)
+        found += [] if alike is None else [alike]
+    return preferred(found)
+
+
+def mixed_and_one(problem: PlanInput) -> tuple[Solution | None, Solution | None]:
+    """Find the best plan with any numerics, and the best one on a single id; None where there is no such plan.
+
+    Raises: the errors of `eligible`.
+    """
+    peers = eligible(problem)
+    limits = SearchLimits(least=problem.min_peers)
+    anyhow = _search_among(problem, peers, limits)
+    groups = [tuple(peers[place] for place in group) for group in groups_of(peers)]
+    found = (_search_among(problem, group, limits) for group in groups if len(group) >= limits.least)
+    return anyhow, preferred(solution for solution in found if solution is not None)
+
+
+def needs_mixing(problem: PlanInput, solution: Solution) -> bool:
+    """Whether the solution is over several numerics because no plan on one of them fits."""
+    if solution.method == "given" or exactness(solution.numerics) is not Exactness.MIXED:
+        return False
+    return mixed_and_one(problem)[1] is None
+
+
+def _search_among(problem: PlanInput, peers: tuple[PeerProfile, ...], limits: SearchLimits) -> Solution | None:
+    """Find the best plan over these peers, whose indices the limits name."""
     chain = cheapest(CostTables(problem, peers), problem.objective, limits, search_for(len(peers)))
     if chain is None:
         return None
@@ -93,6 +137,7 @@ def search(problem: PlanInput, limits: SearchLimits) -> Solution | None:
         estimate=estimate(problem, stages),
         objective=problem.objective,
         method="exact" if len(peers) <= EXACT_PEERS else "heuristic",
+        numerics=problem.numerics(stages),
     )
 
 
@@ -113,7 +158,13 @@ def _given(problem: PlanInput, stages: tuple[StagePlan, ...]) -> Solution:
         named = {stage.peer for stage in stages}
         check_power([profile for profile in problem.profiles if profile.id in named])
     check_given(problem, stages)
-    return Solution(stages=stages, estimate=estimate(problem, stages), objective=problem.objective, method="given")
+    return Solution(
+        stages=stages,
+        estimate=estimate(problem, stages),
+        objective=problem.objective,
+        method="given",
+        numerics=problem.numerics(stages),
+    )
 
 
 def _keeps_limits(problem: PlanInput, solution: Solution) -> bool:

@@ -19,7 +19,7 @@ from meshd.types import PeerId, StagePlan
 CONTROL_BYTES = 1024
 """Size assumed for each of the messages OPEN, OPENED and RESUME."""
 _CONTROL_HOPS = 3
-"""Number of messages to and from each stage: OPEN to the stage, OPENED back, and RESUME or PROMPT to the stage."""
+"""Number of messages to and from each stage: OPEN to the stage, OPENED back, and RESUME or STEPS to the stage."""
 
 
 def compute_s(problem: PlanInput, profile: PeerProfile, first: int, last: int) -> Seconds:

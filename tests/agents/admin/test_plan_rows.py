@@ -31,6 +31,7 @@ def answer(epoch: int = 1) -> Any:
         card=CARD,
         plan=plan,
         plan_header="a:0-10,b:10-30",
+        numerics_header="",
         machine=SimpleNamespace(epoch=epoch),
         prompt_tokens=7,
         ttft_s=0.0,

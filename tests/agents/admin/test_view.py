@@ -57,6 +57,7 @@ def _answer(session: SessionId) -> SimpleNamespace:
         prompt_tokens=7,
         ttft_s=0.25,
         plan_header="attic:0-12,desk:12-30",
+        numerics_header="",
         recoveries=[Recovered(2, "replay", "loss", "desk: silent", 0.31), Recovered(3, "kept", "move", "moved to desk", 0.002)],
         mirrors={1: (ATTIC, 96)},
     )
@@ -171,10 +172,11 @@ def test_a_sessions_row_shows_its_recoveries(view: ClusterView) -> None:
         "ttft_s": 0.25,
         "epoch": 3,
         "plan": "attic:0-12,desk:12-30",
+        "numerics": "",
         "method": "kept",
         "recoveries": [
-            {"epoch": 2, "method": "replay", "reason": "desk: silent", "pause_ms": 310.0},
-            {"epoch": 3, "method": "kept", "reason": "moved to desk", "pause_ms": 2.0},
+            {"epoch": 2, "method": "replay", "reason": "desk: silent", "pause_ms": 310.0, "other_numerics": ""},
+            {"epoch": 3, "method": "kept", "reason": "moved to desk", "pause_ms": 2.0, "other_numerics": ""},
         ],
         "mirrors": [{"stage": 1, "peer": ATTIC, "name": "attic", "held": 96}],
         "deputies": [DESK],

@@ -42,6 +42,25 @@ def results_fail(error: Exception) -> None:
     raise error
 
 
+async def test_a_background_job_starts_only_when_no_other_job_waits(compute: ComputeThread) -> None:
+    ran: list[str] = []
+    begun, go = threading.Event(), threading.Event()
+
+    def first() -> None:
+        begun.set()
+        go.wait(5.0)
+
+    blocked = asyncio.create_task(compute.call(first, background=True))
+    await asyncio.to_thread(begun.wait, 5.0)
+    for name, background in (("b1", True), ("s1", False), ("b2", True), ("s2", False)):
+        compute.submit(lambda name=name: ran.append(name), lambda _: None, results_fail, background=background)
+    go.set()
+    async with asyncio.timeout(5.0):
+        await blocked
+        await compute.call(lambda: None, background=True)
+    assert ran == ["s1", "s2", "b1", "b2"]
+
+
 async def test_a_job_that_fails_gives_its_error_and_the_thread_lives(compute: ComputeThread) -> None:
     async with asyncio.timeout(5.0):
         with pytest.raises(ZeroDivisionError):

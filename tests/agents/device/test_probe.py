@@ -11,9 +11,12 @@ from meshd.agents.device.probe import probe, read_trial, report
 from meshd.agents.device.probe_record import CACHE_FILE, BackendTrial
 from meshd.clock import SystemClock
 from meshd.errors import LocalFault, StorageError
+from meshd.numerics import NumericsId, is_promised
 from meshd.types import Rates
 
 CLOCK = SystemClock()
+NUMERICS = NumericsId("onnxruntime/int8/512/0123456789abcdef")
+TORCH_NUMERICS = NumericsId("torch/f32/512/fedcba9876543210/varies")
 
 
 def rates(decode_bytes_s: float = 1e9, layer_overhead_s: float = 1e-4) -> Rates:
@@ -44,8 +47,8 @@ class Trials:
 def trials(monkeypatch: pytest.MonkeyPatch) -> Trials:
     trials = Trials(
         {
-            "onnxruntime": BackendTrial(backend="onnxruntime", rates=rates(2e9)),
-            "torch": BackendTrial(backend="torch", rates=rates(1e9)),
+            "onnxruntime": BackendTrial(backend="onnxruntime", rates=rates(2e9), numerics=NUMERICS),
+            "torch": BackendTrial(backend="torch", rates=rates(1e9), numerics=TORCH_NUMERICS),
         }
     )
     monkeypatch.setattr(probing, "_try", trials)
@@ -58,6 +61,7 @@ async def test_the_fastest_backend_is_advertised_with_its_rates(tmp_path: Path, 
     result = await probe(tmp_path, clock=CLOCK, threads=2, memory_cap_bytes=2**30, roles=("compute",))
     capability = result.capability
     assert (capability.backend, capability.threads, capability.roles) == ("onnxruntime", 2, ("compute",))
+    assert capability.numerics == NUMERICS
     assert capability.rates == msgspec.structs.replace(rates(2e9), disk_bytes_s=5e8)
     assert capability.memory_free_bytes <= 2**30
     assert not result.cached
@@ -73,11 +77,19 @@ async def test_a_second_start_uses_the_cache_and_a_refresh_measures(tmp_path: Pa
     again = await probe(tmp_path, clock=CLOCK)
     assert trials.asked == 2
     assert again.cached
-    assert again.capability.rates == first.capability.rates
+    assert (again.capability.rates, again.capability.numerics) == (first.capability.rates, NUMERICS)
     await probe(tmp_path, clock=CLOCK, refresh=True)
     assert trials.asked == 4
     await probe(tmp_path, clock=CLOCK, threads=1)
     assert trials.asked == 6
+
+
+async def test_an_environment_in_which_libraries_compute_otherwise_is_measured_again(
+    tmp_path: Path, trials: Trials, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await probe(tmp_path, clock=CLOCK)
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "default")
+    assert not (await probe(tmp_path, clock=CLOCK)).cached
 
 
 async def test_daemons_that_start_together_measure_once(tmp_path: Path, trials: Trials) -> None:
@@ -121,6 +133,7 @@ async def test_the_report_has_stable_keys_and_is_json(tmp_path: Path, trials: Tr
         "cores",
         "threads",
         "backend",
+        "numerics",
         "rates",
         "memory_total_bytes",
         "memory_free_bytes",
@@ -135,8 +148,9 @@ async def test_the_report_has_stable_keys_and_is_json(tmp_path: Path, trials: Tr
 
 
 def test_only_the_last_line_of_a_process_output_is_read() -> None:
-    output = b"a library's greeting\n" + msgspec.json.encode(rates()) + b"\n"
-    assert read_trial("torch", 0, output, b"warning\n", 12.0) == BackendTrial(backend="torch", rates=rates(), power_w=12.0)
+    printed = BackendTrial(backend="torch", rates=rates(), numerics=TORCH_NUMERICS)
+    output = b"a library's greeting\n" + msgspec.json.encode(printed) + b"\n"
+    assert read_trial("torch", 0, output, b"warning\n", 12.0) == msgspec.structs.replace(printed, power_w=12.0)
 
 
 @pytest.mark.parametrize(
@@ -177,5 +191,6 @@ async def test_cancelling_ends_the_process() -> None:
 async def test_a_real_backend_is_measured() -> None:
     trial = await probing._try("onnxruntime", 1, 1.0, 60.0)
     assert trial.error == ""
+    assert is_promised(trial.numerics)
     assert trial.rates is not None
     assert min(msgspec.structs.astuple(msgspec.structs.replace(trial.rates, disk_bytes_s=1.0, layer_overhead_s=1.0))) > 0

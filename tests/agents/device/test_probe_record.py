@@ -31,11 +31,13 @@ def key(threads: int = 2) -> ProbeKey:
         format=FORMAT,
         machine="x86_64",
         processor="cpu",
+        features="0123456789abcdef",
         memory_bytes=8,
         cores=4,
         threads=threads,
         backends=("torch",),
         software={"torch": "2.6"},
+        environment={},
     )
 
 

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from meshd.agents.device.processor import processor_name
+from meshd.agents.device.processor import processor_features, processor_name
 
 
 def cpuinfo(root: Path, text: str) -> Path:
@@ -23,6 +23,17 @@ def cpuinfo(root: Path, text: str) -> Path:
 )
 def test_the_processors_name_is_found(tmp_path: Path, text: str, name: str) -> None:
     assert processor_name(cpuinfo(tmp_path, text)) == name
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_instruction_sets_have_a_digest_in_any_order(tmp_path: Path) -> None:
+    roots = [tmp_path / name for name in ("one", "other", "hidden", "bare")]
+    for root in roots:
+        root.mkdir()
+    texts = ("flags\t: fpu avx2 avx512f\n", "flags\t: avx512f fpu avx2\n", "flags\t: fpu avx2\n", "processor\t: 0\n")
+    one, other, hidden, bare = (processor_features(cpuinfo(root, text)) for root, text in zip(roots, texts, strict=True))
+    assert one == other != hidden
+    assert bare == ""
 
 
 def test_the_name_is_never_empty(tmp_path: Path) -> None:

@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 
+from in_process.frames import one_step
 from meshd.agents.links.backlog import Backlog
 from meshd.errors import MeshdError, Overloaded, PeerLost
-from meshd.protocol.messages import Credit, Lane, Message, Prompt
+from meshd.protocol.messages import Ack, Lane, Message, StepKind, Steps
 from meshd.types import PeerId
 
 A, B = PeerId("a" * 52), PeerId("b" * 52)
@@ -27,7 +28,7 @@ class Lanes:
             raise PeerLost("no link")
         if (peer, message.send_lane) in self.full:
             raise Overloaded("the lane is full")
-        self.sent.append((peer, getattr(message, "step", -1)))
+        self.sent.append((peer, message.steps[0].seq if isinstance(message, Steps) else -1))
 
     def when_room(self, peer: PeerId, lane: Lane, callback: Callable[[], None]) -> None:
         self.waiting.append(callback)
@@ -56,8 +57,7 @@ def backlog(lanes: Lanes, calls: list[str]) -> Backlog:
 
 def send(backlog: Backlog, peer: PeerId, step: int, wanted: bool = True) -> list[MeshdError]:
     failures: list[MeshdError] = []
-    message = Prompt(session="s", epoch=1, step=step, tokens=1, last=False)
-    backlog.send(peer, message, bytes(4), wanted=lambda: wanted, failed=failures.append)
+    backlog.send(peer, one_step(step, kind=StepKind.PREFILL), bytes(4), wanted=lambda: wanted, failed=failures.append)
     return failures
 
 
@@ -67,7 +67,7 @@ def test_messages_keep_their_order_on_a_lane_and_other_lanes_do_not_wait(lanes: 
     send(backlog, B, 1)
     lanes.full.clear()
     send(backlog, A, 2)
-    backlog.send(A, Credit(session="s", epoch=1, index=1), None, wanted=lambda: True, failed=lambda error: None)
+    backlog.send(A, Ack(session="s", epoch=1, stage=1, next_seq=0, credit=1), None, wanted=lambda: True, failed=lambda error: None)
     assert lanes.sent == [(B, 1), (A, -1)]
     assert (backlog.waits(A, Lane.BULK), backlog.waits(B, Lane.BULK), len(backlog)) == (True, False, 2)
     lanes.has_room()

@@ -13,7 +13,7 @@ from in_process.peers import WAIT_S, Peer, Peers, until
 from meshd.protocol import transport
 from meshd.protocol.codec import encode
 from meshd.protocol.framing import FrameLimits, frame_head
-from meshd.protocol.messages import PROTOCOL_VERSION, Credit, Error, Goodbye, Heartbeat, Hello, Lane, Message
+from meshd.protocol.messages import PROTOCOL_VERSION, Ack, Error, Goodbye, Heartbeat, Hello, Lane, Message
 
 
 def hello_of(peer: Peer, /, **changes: Any) -> Hello:
@@ -84,7 +84,7 @@ async def test_junk_closes_its_own_link_with_a_reason_and_no_other_link(
     assert reason
     assert [record.name for record in caplog.records if record.levelname == "WARNING"] == ["meshd.links"]
     assert target.links.peers() == [friend.id]
-    target.links.send(friend.id, Credit(session="5e" * 16, epoch=1, index=1))
+    target.links.send(friend.id, Ack(session="5e" * 16, epoch=1, stage=1, next_seq=0, credit=1))
 
 
 async def test_an_unknown_message_is_answered_with_an_error_and_the_link_stays(peers: Peers) -> None:

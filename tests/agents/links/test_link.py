@@ -1,17 +1,16 @@
 from typing import cast
 
-import msgspec
 import pytest
 
+from in_process.frames import one_step
 from meshd.agents.links.link import Link
 from meshd.agents.links.meters.traffic import Traffic
 from meshd.errors import PeerLost
+from meshd.protocol.codec import decode, encode
 from meshd.protocol.framing import Frame
-from meshd.protocol.messages import Activation, Goodbye, Heartbeat, HeartbeatAck, Lane, Message, Probe, Prompt
+from meshd.protocol.messages import Goodbye, Heartbeat, HeartbeatAck, Lane, Message, Probe, StepKind, Steps
 from meshd.protocol.transport import Buffer, Connection
 from meshd.types import PeerId
-
-STEP = Activation(session="5e" * 16, epoch=1, step=1, stage=1, tokens=1, hidden=1, dtype="f32", sample=False)
 
 
 class RecordedConnection:
@@ -25,6 +24,12 @@ class RecordedConnection:
 
     def send(self, message: Message, payload: Buffer | None = None) -> None:
         self.sent.append(message)
+
+    def encode(self, message: Message, payload: memoryview) -> bytes:
+        return encode(message)
+
+    def send_encoded(self, header: bytes, payload: memoryview) -> None:
+        self.sent.append(decode(header))
 
     def abort(self, reason: str) -> None:
         self.ended.append(f"aborted: {reason}")
@@ -58,14 +63,13 @@ def joined(link: Link) -> dict[Lane, RecordedConnection]:
 
 def test_the_lane_follows_from_the_kind_of_a_message_and_not_from_its_size(link: Link) -> None:
     lanes = joined(link)
-    link.send(STEP, bytes(256 * 1024))
+    for kind in StepKind:
+        for size in (16, 256 * 1024):
+            link.send(one_step(1, size, kind), bytes(size))
     link.beat(100.0)
-    assert [type(message) for message in lanes[Lane.CONTROL].sent] == [Activation, Heartbeat]
-    assert lanes[Lane.BULK].sent == []
-    for size in (16, 256 * 1024):
-        link.send(msgspec.structs.replace(STEP, prefill=True), bytes(size))
-    link.send(Prompt(session="s", epoch=1, step=0, tokens=1, last=True), bytes(4))
-    assert [type(message) for message in lanes[Lane.BULK].sent] == [Activation, Activation, Prompt]
+    assert [type(message) for message in lanes[Lane.CONTROL].sent] == [Steps] * 4 + [Heartbeat]
+    kinds = {lane: [m.steps[0].kind for m in lanes[lane].sent if isinstance(m, Steps)][::2] for lane in Lane}
+    assert kinds == {Lane.CONTROL: [StepKind.DECODE, StepKind.VERIFY], Lane.BULK: [StepKind.PREFILL, StepKind.REFILL]}
 
 
 def test_sending_fails_before_the_lane_is_connected(link: Link) -> None:
@@ -108,8 +112,8 @@ def test_the_round_trip_is_a_median_and_nonsense_is_ignored(link: Link) -> None:
 
 def test_the_arrival_of_a_large_message_is_reported_with_the_next_answer_only(link: Link) -> None:
     lanes = joined(link)
-    link.received(STEP, Frame(b"", memoryview(bytes(100_000)), receive_s=0.05), 100.0)
-    link.received(Probe(request=1), Frame(b"", memoryview(bytes(100_000)), receive_s=0.01), 100.0)
+    link.received(Lane.CONTROL, one_step(1), Frame(b"", memoryview(bytes(100_000)), receive_s=0.05), 100.0)
+    link.received(Lane.BULK, Probe(request=1), Frame(b"", memoryview(bytes(100_000)), receive_s=0.01), 100.0)
     link.answer_beat(Heartbeat(sequence=1, sent_ns=1))
     link.answer_beat(Heartbeat(sequence=2, sent_ns=2))
     assert [message.arrival_bytes_s for message in lanes[Lane.CONTROL].sent] == [pytest.approx(2e6), 0.0]

@@ -2,19 +2,19 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
-import msgspec
 import pytest
 
+from in_process.cables import Cable
+from in_process.frames import one_step
 from in_process.peers import QUICK, WAIT_S, Peer, Peers, until
 from meshd.agents.links.link_table import LEFT
 from meshd.errors import InvalidRequest, NotReady, Overloaded, PeerLost, RemoteFailure
 from meshd.protocol.framing import MIB
 from meshd.protocol.identity import ClusterKey
-from meshd.protocol.messages import Activation, Credit, Lane, Message, Place, Placed, Probe, Unplace
+from meshd.protocol.messages import Ack, Lane, Message, Place, Placed, Probe, StepKind, Steps, Unplace
 from meshd.types import LayerRange, PeerId
 
 
@@ -26,8 +26,8 @@ def place(request: int, tokens: int = 64) -> Place:
     return Place(request=request, model="fe" * 16, ref="file:x", layers=LayerRange(0, 2), kv_tokens=tokens, deadline_ms=1000)
 
 
-def activation(step: int, elements: int) -> Activation:
-    return Activation(session="5e" * 16, epoch=1, step=step, stage=1, tokens=1, hidden=max(1, elements), dtype="f32", sample=False)
+def ack() -> Ack:
+    return Ack(session="5e" * 16, epoch=1, stage=1, next_seq=0, credit=1)
 
 
 def fill_lane(source: Peer, target: Peer) -> int:
@@ -35,7 +35,7 @@ def fill_lane(source: Peer, target: Peer) -> int:
     sent = 0
     with suppress(Overloaded):
         while sent < 100:
-            source.links.send(target.id, msgspec.structs.replace(activation(sent, 1), prefill=True), bytes(8 * MIB))
+            source.links.send(target.id, one_step(sent, 8 * MIB, StepKind.PREFILL), bytes(8 * MIB))
             sent += 1
     assert sent < 100
     return sent
@@ -78,14 +78,14 @@ async def test_messages_arrive_in_order_with_their_payloads(peers: Peers) -> Non
     a, b = peers.start("a"), peers.start("b")
     got: list[tuple[int, bytes]] = []
     for peer in (a, b):
-        peer.links.register(Activation, lambda sender, message, payload: got.append((message.step, bytes(payload))))
+        peer.links.register(Steps, lambda sender, message, payload: got.append((message.steps[0].seq, bytes(payload))))
     a.dial(b)
     await a.next_up()
     sizes = [0, 4, 8192, 65536, 40_000, 8]
     for target in (b.id, a.id):
         got.clear()
         for step, size in enumerate(sizes):
-            a.links.send(target, activation(step, size // 4), bytes([step]) * size)
+            a.links.send(target, one_step(step, size), bytes([step]) * size)
         await until(lambda: len(got) == len(sizes))
         assert got == [(step, bytes([step]) * size) for step, size in enumerate(sizes)]
 
@@ -93,15 +93,12 @@ async def test_messages_arrive_in_order_with_their_payloads(peers: Peers) -> Non
 async def test_a_short_prefill_step_never_overtakes_a_long_one(peers: Peers) -> None:
     a, b = peers.start("a"), peers.start("b")
     got: list[int] = []
-    b.links.register(Activation, lambda sender, message, payload: got.append(message.step))
+    b.links.register(Steps, lambda sender, message, payload: got.append(message.steps[0].seq))
     a.dial(b)
     await a.next_up()
     for number in range(20):
-        for step, tokens in ((2 * number, 128), (2 * number + 1, 20)):
-            message = Activation(
-                session="5e" * 16, epoch=1, step=step, stage=1, tokens=tokens, hidden=576, dtype="f32", sample=False, prefill=True
-            )
-            a.links.send(b.id, message, bytes(tokens * 576 * 4))
+        for seq, size in ((2 * number, 128 * 576 * 4), (2 * number + 1, 20 * 576 * 4)):
+            a.links.send(b.id, one_step(seq, size, StepKind.PREFILL), bytes(size))
         await until(lambda: len(got) % 2 == 0)
     await until(lambda: len(got) == 40)
     assert got == list(range(40))
@@ -110,7 +107,7 @@ async def test_a_short_prefill_step_never_overtakes_a_long_one(peers: Peers) -> 
 async def test_a_sender_is_called_when_a_full_lane_has_room(peers: Peers) -> None:
     a, b = peers.start("a"), peers.start("b")
     got: list[int] = []
-    b.links.register(Activation, lambda sender, message, payload: got.append(message.step))
+    b.links.register(Steps, lambda sender, message, payload: got.append(message.steps[0].seq))
     a.dial(b)
     await a.next_up()
     payload = bytes(8 * MIB)
@@ -119,7 +116,7 @@ async def test_a_sender_is_called_when_a_full_lane_has_room(peers: Peers) -> Non
     assert not room.is_set()
     async with asyncio.timeout(WAIT_S):
         await room.wait()
-    a.links.send(b.id, msgspec.structs.replace(activation(sent, 1), prefill=True), payload)
+    a.links.send(b.id, one_step(sent, len(payload), StepKind.PREFILL), payload)
     await until(lambda: got == list(range(sent + 1)))
 
 
@@ -138,13 +135,13 @@ async def test_a_sender_that_waits_for_room_is_called_when_the_link_ends(peers: 
 
 async def test_a_long_message_that_is_still_arriving_counts_as_a_sign_of_life(peers: Peers) -> None:
     a, b = peers.start("a"), peers.start("b")
-    b.links.register(Activation, lambda sender, message, payload: None)
+    b.links.register(Steps, lambda sender, message, payload: None)
     assert b.links.idle_s(a.id, Lane.BULK) == float("inf")
     a.dial(b)
     await a.next_up()
     await b.next_up()
     await until(lambda: b.links.idle_s(a.id, Lane.BULK) > 0.3)
-    a.links.send(b.id, msgspec.structs.replace(activation(0, 1), prefill=True), bytes(4 * MIB))
+    a.links.send(b.id, one_step(0, 4 * MIB, StepKind.PREFILL), bytes(4 * MIB))
     await until(lambda: b.links.idle_s(a.id, Lane.BULK) < 0.2)
 
 
@@ -154,16 +151,16 @@ async def test_large_payloads_arrive_whole_and_do_not_delay_small_ones(peers: Pe
     payload = bytes(range(256)) * (15 * MIB // 256)
     intact: list[bool] = []
 
-    def on_activation(sender: PeerId, message: Activation, data: memoryview) -> None:
+    def on_steps(sender: PeerId, message: Steps, data: memoryview) -> None:
         got.append("large")
         intact.append(data == payload)
 
-    b.links.register(Activation, on_activation)
-    b.links.register(Credit, lambda sender, message, data: got.append("small"))
+    b.links.register(Steps, on_steps)
+    b.links.register(Ack, lambda sender, message, data: got.append("small"))
     a.dial(b)
     await a.next_up()
-    a.links.send(b.id, msgspec.structs.replace(activation(0, len(payload) // 4), prefill=True), payload)
-    a.links.send(b.id, Credit(session="5e" * 16, epoch=1, index=1))
+    a.links.send(b.id, one_step(0, len(payload), StepKind.PREFILL), payload)
+    a.links.send(b.id, ack())
     await until(lambda: len(got) == 2)
     assert got == ["small", "large"]
     assert intact == [True]
@@ -235,7 +232,7 @@ async def test_a_request_fails_at_its_timeout_or_when_its_peer_stops(peers: Peer
     with pytest.raises(PeerLost, match=LEFT):
         await waiting
     with pytest.raises(PeerLost):
-        a.links.send(b.id, Credit(session="5e" * 16, epoch=1, index=1))
+        a.links.send(b.id, ack())
 
 
 async def test_a_message_that_is_too_large_is_refused_at_the_sender(peers: Peers) -> None:
@@ -243,8 +240,19 @@ async def test_a_message_that_is_too_large_is_refused_at_the_sender(peers: Peers
     a.dial(b)
     await a.next_up()
     with pytest.raises(InvalidRequest, match="accepts"):
-        a.links.send(b.id, activation(0, 0), bytes(17 * MIB))
+        a.links.send(b.id, one_step(0, 17 * MIB), bytes(17 * MIB))
     assert a.links.peers() == [b.id]
+
+
+@pytest.mark.parametrize("message", [ack(), one_step(0, 0)], ids=["acknowledgement", "steps"])
+async def test_a_link_is_in_use_while_it_carries_a_session(peers: Peers, message: Message) -> None:
+    a, b = peers.start("a"), peers.start("b")
+    a.dial(b)
+    await a.next_up()
+    await asyncio.sleep(0.5)
+    assert min(a.links.unused_s(b.id), b.links.unused_s(a.id)) >= 0.5
+    a.links.send(b.id, message)
+    await until(lambda: max(a.links.unused_s(b.id), b.links.unused_s(a.id)) < 0.5)
 
 
 async def test_a_goodbye_arrives_at_once_and_closing_takes_less_than_a_second(peers: Peers) -> None:
@@ -308,51 +316,7 @@ async def test_a_link_outlives_the_source_of_its_address(peers: Peers) -> None:
 
 def _send_many(sender: Peer, receiver: Peer, payload: bytes) -> None:
     for step in range(64):
-        sender.links.send(receiver.id, activation(step, 0), payload)
-
-
-class Cable:
-    """A TCP relay that can be cut like a cable: nothing passes, and neither end gets an error."""
-
-    def __init__(self) -> None:
-        self.whole = asyncio.Event()
-        self.whole.set()
-        self._relays: set[asyncio.Task[None]] = set()
-
-    @asynccontextmanager
-    async def to(self, port: int) -> AsyncIterator[int]:
-        def plugged(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            self._relays.add(asyncio.create_task(self._relay(port, reader, writer)))
-
-        server = await asyncio.start_server(plugged, "127.0.0.1", 0)
-        try:
-            yield server.sockets[0].getsockname()[1]
-        finally:
-            server.close()
-            for relay in self._relays:
-                relay.cancel()
-            await asyncio.gather(*self._relays, return_exceptions=True)
-
-    async def _relay(self, port: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        ends = [writer]
-        try:
-            await self.whole.wait()
-            there, back = await asyncio.open_connection("127.0.0.1", port)
-            ends.append(back)
-            async with asyncio.TaskGroup() as group:
-                group.create_task(self._pump(reader, back))
-                group.create_task(self._pump(there, writer))
-        finally:
-            for end in ends:
-                end.transport.abort()
-            await asyncio.gather(*(end.wait_closed() for end in ends), return_exceptions=True)
-
-    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        while data := await reader.read(65536):
-            if self.whole.is_set():
-                writer.write(data)
-        await self.whole.wait()
-        raise ConnectionResetError
+        sender.links.send(receiver.id, one_step(step, len(payload)), payload)
 
 
 async def test_a_silent_cut_is_noticed_and_the_link_comes_back(peers: Peers) -> None:

@@ -7,12 +7,12 @@ from typing import Any, cast
 import pytest
 
 from in_process.adverts import CARD, advert, held
-from in_process.clusters import MODEL, make_holding, make_peer
+from in_process.clusters import MODEL, OTHER, PROMISED, make_holding, make_peer
 from in_process.peers import Peer, Peers
 from in_process.placing import Cluster
 from meshd.agents.cluster_service import PlacementStep
 from meshd.agents.placement.client import PlacementClient
-from meshd.agents.placement.plan_input import CONTEXTS_OF_KV
+from meshd.agents.placement.plan_input import CONTEXTS_OF_KV, ONE_NUMERICS_CONTEXT
 from meshd.agents.service import MeshOptions
 from meshd.clock import SystemClock
 from meshd.errors import DoesNotFit, ModelFileError, NoPeer, OutOfMemory, PeerFault, RemoteFailure, Unavailable
@@ -39,6 +39,24 @@ async def test_each_peer_is_asked_for_its_stage_and_its_steps_end_with_active() 
     assert [(peer, str(request.layers)) for peer, request in cluster.asked] == [("a-id", "0-10"), ("b-id", "10-30")]
     assert {(step.name, str(step.layers), step.state) for step in steps[-2:]} == {("a", "0-10", "active"), ("b", "10-30", "active")}
     assert all(step.state == "loading" for step in steps[:-2])
+
+
+async def test_a_placement_takes_less_kv_rather_than_mix_numerics_down_to_a_limit() -> None:
+    def cluster(memory: int) -> Cluster:
+        peers = (make_peer(name, numerics=PROMISED, memory=memory) for name in "ab")
+        return Cluster(*peers, make_peer("c", numerics=OTHER, memory=memory))
+
+    roomy = cluster(4 << 30)
+    await placed(roomy, MeshOptions())
+    full = {peer for peer, _ in roomy.asked}
+    tight = cluster(310 << 20)
+    await placed(tight, MeshOptions())
+    assert {peer for peer, _ in tight.asked} <= {"a-id", "b-id"}
+    assert full <= {"a-id", "b-id"}
+    assert ONE_NUMERICS_CONTEXT <= min(request.kv_tokens for _, request in tight.asked) < CARD.spec.context_length
+    needed = cluster(310 << 20)
+    await placed(needed, MeshOptions(), context=CARD.spec.context_length)
+    assert "c-id" in {peer for peer, _ in needed.asked}
 
 
 async def test_a_failed_stage_is_a_step_and_then_the_error() -> None:

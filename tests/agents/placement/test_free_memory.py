@@ -8,7 +8,8 @@ from in_process.adverts import CARD
 from in_process.journals import HandClock
 from meshd.agents.placement.free_memory import FreeMemory
 from meshd.agents.placement.resident import LoadState, ResidentLayers, ResidentModels
-from meshd.kernels.kv import KVPool
+from meshd.kernels.kv.arena import HostArena
+from meshd.kernels.kv.share import KvShare
 from meshd.types import LayerRange
 
 LAYERS = LayerRange(0, 2)
@@ -33,27 +34,30 @@ class Machine:
 
 def test_every_reservation_counts_before_its_memory_is_touched() -> None:
     machine = Machine(10 * RESERVED)
-    holdings = ResidentModels([RESIDENT])
+    holdings = ResidentModels(HostArena(1 << 30), [RESIDENT])
     assert FreeMemory(10 * RESERVED, holdings, machine, HandClock()).free_bytes() == 9 * RESERVED
 
 
 def test_memory_that_other_processes_took_is_not_free() -> None:
     loaded = ResidentLayers(CARD, LAYERS, kv_tokens=64, weight_bytes=1000, state=LoadState.ACTIVE)
-    loaded.pool = KVPool(CARD.spec, LAYERS, blocks=2)
-    untouched = loaded.untouched_bytes
+    loaded.kv = KvShare(HostArena(1 << 30), CARD.id, CARD.spec, LAYERS, 64)
+    untouched = loaded.kv.bytes
     assert 0 < untouched < RESERVED
-    memory = FreeMemory(10 * RESERVED, ResidentModels([loaded]), Machine(untouched + 5), HandClock())
+    memory = FreeMemory(10 * RESERVED, ResidentModels(HostArena(1 << 30), [loaded]), Machine(untouched + 5), HandClock())
     assert memory.free_bytes() == 5
 
 
 def test_free_memory_is_never_negative() -> None:
-    assert FreeMemory(RESERVED - 1, ResidentModels([RESIDENT]), Machine(10 * RESERVED), HandClock()).free_bytes() == 0
-    assert FreeMemory(10 * RESERVED, ResidentModels([RESIDENT]), Machine(0), HandClock()).free_bytes() == 0
+    assert (
+        FreeMemory(RESERVED - 1, ResidentModels(HostArena(1 << 30), [RESIDENT]), Machine(10 * RESERVED), HandClock()).free_bytes()
+        == 0
+    )
+    assert FreeMemory(10 * RESERVED, ResidentModels(HostArena(1 << 30), [RESIDENT]), Machine(0), HandClock()).free_bytes() == 0
 
 
 async def test_a_measurement_is_used_for_a_second() -> None:
     machine, clock = Machine(100), HandClock()
-    memory = FreeMemory(1000, ResidentModels(), machine, clock)
+    memory = FreeMemory(1000, ResidentModels(HostArena(1 << 30)), machine, clock)
     assert memory.free_bytes() == 100
     machine.free_bytes = 50
     await clock.move(1.0)
@@ -65,7 +69,7 @@ async def test_a_measurement_is_used_for_a_second() -> None:
 
 def test_a_forgotten_measurement_is_made_again_at_once() -> None:
     machine = Machine(100)
-    memory = FreeMemory(1000, ResidentModels(), machine, HandClock())
+    memory = FreeMemory(1000, ResidentModels(HostArena(1 << 30)), machine, HandClock())
     assert memory.free_bytes() == 100
     machine.free_bytes = 50
     memory.forget()
@@ -74,7 +78,7 @@ def test_a_forgotten_measurement_is_made_again_at_once() -> None:
 
 async def test_the_last_figure_is_used_while_memory_cannot_be_measured(caplog: pytest.LogCaptureFixture) -> None:
     machine, clock = Machine(100), HandClock()
-    memory = FreeMemory(1000, ResidentModels(), machine, clock)
+    memory = FreeMemory(1000, ResidentModels(HostArena(1 << 30)), machine, clock)
     assert memory.free_bytes() == 100
     machine.failure = OSError(errno.EMFILE, "Too many open files", "/proc/meminfo")
     for _ in range(3):
@@ -90,4 +94,4 @@ async def test_the_last_figure_is_used_while_memory_cannot_be_measured(caplog: p
 def test_before_the_first_measurement_the_figure_of_the_start_is_used() -> None:
     machine = Machine(100)
     machine.failure = OSError(errno.EMFILE, "Too many open files", "/proc/meminfo")
-    assert FreeMemory(1000, ResidentModels(), machine, HandClock()).free_bytes() == 1000
+    assert FreeMemory(1000, ResidentModels(HostArena(1 << 30)), machine, HandClock()).free_bytes() == 1000

@@ -4,6 +4,7 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -13,15 +14,18 @@ from in_process.peers import Peers, until
 from meshd.agents.device.compute import ComputeThread
 from meshd.agents.placement.loader import Loader
 from meshd.agents.placement.model_library import ModelLibrary
+from meshd.agents.placement.ready.stages import SharedStages
 from meshd.agents.placement.resident import LoadState, ResidentLayers, ResidentModels
 from meshd.agents.placement.weights.headers import HeaderFetcher
 from meshd.agents.placement.weights.provider import WeightProvider
 from meshd.agents.placement.weights.sources import WeightSources
 from meshd.clock import SystemClock
-from meshd.errors import DownloadError, ModelFileError, OutOfMemory, RemoteFailure, Unavailable
-from meshd.kernels.kv import BLOCK_TOKENS, KVPool
+from meshd.errors import DownloadError, ModelFileError, NoPeer, OutOfMemory, RemoteFailure, Unavailable
+from meshd.kernels.kv.arena import HostArena
+from meshd.kernels.kv.share import KvShare
 from meshd.kernels.registry import make_backend
 from meshd.models.store.store import Store
+from meshd.numerics import NumericsId
 from meshd.protocol.messages import Place, Placed
 from meshd.types import LayerRange, ModelCard, ModelId
 from tiny.llama import TinyLlama, tiny_spec
@@ -64,7 +68,7 @@ class FromMemory(Loader):
             raise ModelFileError("torn")
         ends = {"embedding": resident.layers.start == 0, "head": resident.layers.end == SPEC.layers}
         resident.weights = self.backend.load(SPEC, resident.layers, source, progress=progress, **ends)
-        resident.pool = KVPool(SPEC, resident.layers, resident.kv_tokens // BLOCK_TOKENS, BLOCK_TOKENS)
+        resident.kv = KvShare(self.residents.arena, resident.card.id, SPEC, resident.layers, resident.kv_tokens)
 
 
 class LoaderDriver:
@@ -73,7 +77,7 @@ class LoaderDriver:
     def __init__(self, loader: FromMemory, budget: list[int], draining: list[bool]) -> None:
         self.loader, self.budget, self.draining = loader, budget, draining
 
-    async def load(self, start: int, end: int, *, model: int = 0, kv_tokens: int = KV, **how: bool) -> ResidentLayers:
+    async def load(self, start: int, end: int, *, model: int = 0, kv_tokens: int = KV, **how: Any) -> ResidentLayers:
         return await self.loader.place(place_request(start, end, model=model, kv_tokens=kv_tokens, **how))
 
     def room_for(self, *loads: tuple[int, int]) -> None:
@@ -85,7 +89,7 @@ class LoaderDriver:
         return [(resident.card.name, str(resident.layers), resident.standby) for resident in self.loader.residents]
 
 
-def place_request(start: int, end: int, *, model: int = 0, kv_tokens: int = KV, **how: bool) -> Place:
+def place_request(start: int, end: int, *, model: int = 0, kv_tokens: int = KV, **how: Any) -> Place:
     card = CARDS[model]
     layers = LayerRange(start, end)
     return Place(request=1, model=card.id, ref=card.ref, layers=layers, kv_tokens=kv_tokens, deadline_ms=10_000, **how)
@@ -103,17 +107,22 @@ async def driver(peers: Peers, tmp_path: Path) -> AsyncIterator[LoaderDriver]:
     headers = HeaderFetcher(links, sources)
     library = ModelLibrary(links=links, store=Store(tmp_path), adverts=list, on_change=lambda: None, headers=headers)
     library.local |= {card.id: card for card in CARDS}
-    residents, budget, draining = ResidentModels(), [1 << 30], [False]
+    residents, budget, draining = ResidentModels(HostArena(1 << 32)), [1 << 30], [False]
     compute = ComputeThread()
+
+    def spare_bytes() -> int:
+        return budget[0] - residents.reserved_bytes
+
     loader = FromMemory(
         links=links,
         library=library,
         weights=WeightProvider(links, library, sources, SystemClock()),
         residents=residents,
         backend=make_backend("torch", 1),
+        stages=SharedStages(residents, spare_bytes, lambda: None),
         compute=compute,
         clock=SystemClock(),
-        spare_bytes=lambda: budget[0] - residents.reserved_bytes,
+        spare_bytes=spare_bytes,
         on_change=lambda: None,
         draining=lambda: draining[0],
     )
@@ -162,11 +171,11 @@ async def test_a_copy_gives_way_before_an_idle_load_of_the_same_model(driver: Lo
 async def test_a_copy_in_use_stays_and_the_load_is_refused(driver: LoaderDriver) -> None:
     copy = await driver.load(0, 2, standby=True)
     driver.room_for((0, 2))
-    assert copy.pool is not None
-    table = copy.pool.allocate(1)
+    assert copy.kv is not None
+    lease = copy.kv.open(copy.layers, 1)
     with pytest.raises(OutOfMemory):
         await driver.load(0, 2, model=1)
-    copy.pool.free(table)
+    lease.forget()
     await driver.load(0, 2, model=1)
     assert driver.ranges == [("tiny-1", "0-2", False)]
 
@@ -224,11 +233,11 @@ async def test_unplacing_a_model_ends_its_load_while_the_weights_are_read(driver
 
 async def test_layers_with_kv_in_use_are_released_only_when_the_kv_is_freed(driver: LoaderDriver) -> None:
     resident = await driver.load(0, 2)
-    assert resident.pool is not None
-    table = resident.pool.allocate(1)
+    assert resident.kv is not None
+    lease = resident.kv.open(resident.layers, 1)
     driver.loader.unplace(CARDS[0].id)
     assert resident.state is LoadState.DRAINING
-    resident.pool.free(table)
+    lease.forget()
     driver.loader.sweep()
     assert driver.ranges == []
 
@@ -303,3 +312,14 @@ async def test_other_peers_request_copies_with_place(driver: LoaderDriver, peers
     driver.draining[0] = True
     with pytest.raises(RemoteFailure, match="about to leave"):
         await links.request(links.id, place_request(2, 4), timeout_s=10)
+
+
+async def test_a_request_that_expects_other_numerics_is_refused(driver: LoaderDriver) -> None:
+    own, other = NumericsId("torch/f32/512/0123456789abcdef"), NumericsId("torch/f32/512/fedcba9876543210")
+    driver.loader.residents.numerics = own
+    with pytest.raises(NoPeer, match=other):
+        await driver.load(0, 2, numerics=other)
+    assert not driver.ranges
+    await driver.load(0, 2, numerics=own)
+    await driver.load(2, 3)
+    assert len(driver.ranges) == 2

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from in_process.adverts import CARD, KV, advert, held, once_loaded
-from in_process.clusters import MODEL, make_problem
+from in_process.clusters import MODEL, OTHER, PROMISED, make_peer, make_problem
 from meshd.agents.placement.history import ServedLayers
 from meshd.agents.placement.replication import ClusterState, Decision, LoadRequest, decide, grow
 from meshd.planner.model.memory import stage_memory
@@ -52,8 +52,15 @@ def test_a_peer_that_serves_another_stage_gets_a_copy_only_if_no_other_peer_can(
 
 
 def needed(start: int, end: int, kv_tokens: int = KV) -> int:
-    problem = make_problem(card=CARD, context=kv_tokens)
-    return stage_memory(problem, StagePlan(peer=PeerId("any"), layers=LayerRange(start, end))).total_bytes
+    problem = make_problem(make_peer("any"), card=CARD, context=kv_tokens)
+    return stage_memory(problem, StagePlan(peer=PeerId("any-id"), layers=LayerRange(start, end))).total_bytes
+
+
+def test_a_copy_is_kept_by_a_peer_that_computes_alike_if_there_is_one() -> None:
+    serving = advert("a", held(0, 15), numerics=PROMISED), advert("b", held(15, 30), numerics=PROMISED)
+    roomy = advert("c", memory=64 << 30, numerics=OTHER)
+    assert requests(decided(*serving, roomy)) == [("b", "0-15", True), ("a", "15-30", True)]
+    assert requests(decided(advert("a", held(0, 30), numerics=PROMISED), roomy)) == [("c", "0-30", True)]
 
 
 def test_half_of_the_memory_that_a_peer_offers_stays_free() -> None:
@@ -151,6 +158,16 @@ def test_lost_layers_go_to_a_peer_that_serves_none_of_the_model_if_there_is_one(
     assert requests(decided(*adverts, lost=lost((20, 30)), copies=1)) == [("c", "20-30", False)]
     assert {request.peer for request in decided(*adverts[:2], lost=lost((20, 30)), copies=1).requests} <= {"a", "b"}
     assert decided(*adverts[:2], lost=lost((20, 30)), copies=1).requests
+
+
+def test_lost_layers_go_to_a_peer_that_computes_alike_even_if_it_serves_others_of_the_model() -> None:
+    serving, other = advert("a", held(0, 15), numerics=PROMISED), advert("b", numerics=OTHER)
+    decision = decided(serving, other, lost=lost((15, 30)), copies=1)
+    assert requests(decision) == [("a", "15-30", False)]
+    spare = advert("c", memory=1 << 30, numerics=PROMISED)
+    assert requests(decided(serving, other, spare, lost=lost((15, 30)), copies=1)) == [("c", "15-30", False)]
+    full = advert("a", held(0, 15), numerics=PROMISED, memory=1 << 20)
+    assert requests(decided(full, other, lost=lost((15, 30)), copies=1)) == [("b", "15-30", False)]
 
 
 def test_lost_layers_that_fit_nowhere_are_reported() -> None:

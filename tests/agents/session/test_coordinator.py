@@ -8,7 +8,7 @@ import pytest
 
 from in_process.answers import CARD, AnswerSite
 from in_process.journals import Keeper, Keepers, S
-from in_process.peers import Peers
+from in_process.peers import Peers, until
 from meshd.agents.observe.spans import Spans
 from meshd.agents.observe.story import Story
 from meshd.agents.observe.stream import EventStream
@@ -22,9 +22,10 @@ from meshd.agents.session.coordinator import Coordinator
 from meshd.agents.session.journal.writer import JournalWriters
 from meshd.agents.session.plan.move import Mover
 from meshd.agents.session.plan.retry import PlanRetrier
+from meshd.agents.session.session import SessionState
 from meshd.errors import InvalidRequest, InvalidSampling, PeerFault, RemoteFailure
 from meshd.models.store.store import Store
-from meshd.protocol.messages import Journaled, Move, Moved, Reply
+from meshd.protocol.messages import HandedOver, HandOver, Journaled, Move, Moved, Reply
 from meshd.telemetry import Telemetry
 from meshd.types import PeerId, SamplingParams, SessionId
 from sim.toy.text import toy_text
@@ -36,7 +37,7 @@ def coordinator_of(keeper: Keeper) -> Coordinator:
     """A coordinator without a model library and a router: no test here makes a plan."""
     nothing = cast("Any", None)
     links, clock = keeper.peer.links, keeper.clock
-    retrier = PlanRetrier(links, nothing, list, clock, mirror=False, take=nothing, coordinated_elsewhere=nothing)
+    retrier = PlanRetrier(links, nothing, list, clock, mirror=False, take=nothing, other_coordinator=nothing)
     return Coordinator(
         me=keeper.id,
         links=links,
@@ -110,6 +111,36 @@ async def test_an_answer_that_never_ran_is_not_retained_because_nobody_knows_its
         assert answer.status == "failed"
         assert list(coordinator.retained) == ([answer.session] if ran else [])
         assert coordinator.admission.running == 0
+
+
+async def test_a_superseded_answer_is_handed_over_to_its_other_coordinator(peers: Peers) -> None:
+    async with Keepers(peers).linked("a", "b") as (a, b):
+        received: list[tuple[PeerId, HandOver]] = []
+
+        async def on_hand_over(sender: PeerId, message: HandOver, payload: memoryview) -> Reply:
+            received.append((sender, message))
+            return HandedOver(request=message.request, known=True)
+
+        for keeper in (a, b):
+            keeper.peer.links.register(HandOver, on_hand_over)
+        coordinator = coordinator_of(a)
+        coordinator.journal = JournalWriters(a.id, a.peer.links, a.clock, list)
+        answer = Answer(AnswerSite(peers.start("c")).answer.record, CARD, TEXT, coordinator._context)
+        answer.machine.state = SessionState.RECOVERING
+        answer.machine.holders.update((a.id, b.id))
+        coordinator.admission.enter_ahead()
+        coordinator._run(answer, a.clock.monotonic())
+        answer.tasks.search(_supersede(answer, b.id))  # in a task that is cancelled when the answer is released
+        await until(lambda: not coordinator._hand_overs and answer.machine.released)
+        assert {(sender, message.session, message.to) for sender, message in received} == {(a.id, answer.session, b.id)}
+        assert len(received) == 2, "one for each peer that has its KV"
+        assert answer.status == "suspended"
+        assert coordinator.answers == {} == dict(coordinator.retained)
+        assert coordinator.admission.running == 0
+
+
+async def _supersede(answer: Answer, coordinator: PeerId) -> None:
+    answer.context.on_superseded(answer, coordinator)
 
 
 async def test_a_move_of_a_session_that_is_not_coordinated_here_is_refused(peers: Peers) -> None:

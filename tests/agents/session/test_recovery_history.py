@@ -1,7 +1,7 @@
 """The recovery history: distrust that expires, copies that are lost, changes of plan that a token completes."""
 
 from meshd.agents.session.recovery_history import Recovered, RecoveryHistory
-from meshd.types import PeerId
+from meshd.types import LayerRange, PeerId
 
 A, B = PeerId("a"), PeerId("b")
 
@@ -38,6 +38,19 @@ def test_the_first_token_completes_a_change_of_plan_once() -> None:
     assert history.first_token(0.5) == completed
     assert history.first_token(0.1) is None
     assert history.recoveries == [completed]
+
+
+def test_layers_with_other_numerics_are_named_for_the_change_that_brought_them() -> None:
+    history = RecoveryHistory(reason="b: killed", other_numerics=(LayerRange(4, 8), LayerRange(10, 12)))
+    history.changed(2, "replay")
+    history.other_numerics = ()
+    completed = history.first_token(0.5)
+    assert completed is not None
+    assert completed.other_numerics == "4-8,10-12"
+    history.changed(3, "kept")
+    again = history.first_token(0.5)
+    assert again is not None
+    assert again.other_numerics == ""
 
 
 def test_of_two_changes_without_a_token_between_them_the_last_counts() -> None:

@@ -16,9 +16,9 @@ async def made(peers: Peers, **fields: object) -> AnswerSite:
     site = AnswerSite(peers.start("a"), **fields)
     await site.open()
     site.clock.now += 2
-    site.answer.token_arrived(site.token(0, 7))
+    site.answer.tokens_arrived(site.tokens(0, 7))
     site.clock.now += 1
-    site.answer.token_arrived(site.token(1, 8, "stop"))
+    site.answer.tokens_arrived(site.tokens(1, 8, finish="stop"))
     return site
 
 

@@ -256,8 +256,8 @@ def test_credit_grows_half_a_window_at_a_time() -> None:
     session = in_state(SessionState.DECODING)
     granted = [command for read in range(1, CREDIT_TOKENS + 1) for command in session.handle(events.TokensRead(read))]
     assert granted == [
-        events.GrantCredit(1, A, CREDIT_TOKENS + CREDIT_TOKENS // 2),
-        events.GrantCredit(1, A, 2 * CREDIT_TOKENS),
+        events.GrantCredit(1, PLAN, CREDIT_TOKENS + CREDIT_TOKENS // 2),
+        events.GrantCredit(1, PLAN, 2 * CREDIT_TOKENS),
     ]
 
 
@@ -267,6 +267,14 @@ def test_credit_that_grows_during_recovery_is_sent_with_the_next_open() -> None:
     (command,) = session.handle(events.Planned(WITHOUT_B))
     assert isinstance(command, events.OpenStages)
     assert command.credit == 2 * CREDIT_TOKENS
+
+
+def test_credit_that_grows_while_stages_open_is_sent_when_all_are_open() -> None:
+    session = in_state(SessionState.OPENING)
+    assert session.handle(events.TokensRead(CREDIT_TOKENS)) == []
+    held = StageHeld(0, 0, 0, 0)
+    assert session.handle(events.StageOpened(1, 0, held)) == []
+    assert events.GrantCredit(1, PLAN, 2 * CREDIT_TOKENS) in session.handle(events.StageOpened(1, 1, held))
 
 
 def test_after_the_end_no_event_emits_anything() -> None:

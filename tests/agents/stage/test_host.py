@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from meshd.agents.stage.session import StageState
+from meshd.agents.stage.flow.session import StageState
 from meshd.errors import RemoteFailure
-from meshd.protocol.messages import Close, Closed, FetchProgress, Prompt, Resume, StageProgress
+from meshd.protocol.messages import Close, Closed, FetchProgress, Resume, StageProgress, StepKind
 from stage_mesh.driver import SESSION
 from stage_mesh.mesh import StageMesh, StagePeer
 from stage_mesh.sessions import ANSWER, driver, expected, until_empty
@@ -95,7 +95,9 @@ async def _run_random_actions(mesh: StageMesh, seed: int) -> None:
             elif action == "late" and session.plan:
                 stage = dice.randrange(len(session.plan.stages))
                 session.send(stage, Resume, stage=stage, start=dice.randint(0, 50), send_from=dice.randint(0, 50))
-                session.send(0, Prompt, bytes(4), step=dice.randint(0, 50), tokens=1, last=False)
+                start = dice.randint(0, 50)
+                fields = {"seq": dice.randint(0, 5), "start": start, "tokens": 1, "committed": start + 1}
+                session.send_step(0, bytes(4), kind=dice.choice(list(StepKind)), **fields)
             elif action == "repair":
                 mesh.down.clear()
         except Exception as error:

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from meshd.errors import RemoteFailure
+from meshd.numerics import NumericsId
 from stage_mesh.mesh import StageMesh
 from stage_mesh.sessions import ANSWER, PROMPT, driver, expected, refused, stage_of, until_empty
 
@@ -31,9 +32,9 @@ async def test_a_past_epoch_and_a_stage_that_failed_are_refused(mesh: StageMesh)
     session.epoch = 2
     assert "epoch 3 is past" in await refused(session, (b, "0-4"))
     session.epoch = 6
-    b.host._runner.fail(stage_of(b), 0, RemoteFailure("a test", remote_code="test"), a.id)
+    b.host._runner.fail(stage_of(b), RemoteFailure("a test", remote_code="test"), a.id)
     assert (await session.open_stage(0, resume=True)).held == 0
-    b.host._runner.fail(stage_of(b), 0, RemoteFailure("a test", remote_code="test"), a.id)
+    b.host._runner.fail(stage_of(b), RemoteFailure("a test", remote_code="test"), a.id)
     with pytest.raises(RemoteFailure, match="has failed in epoch 6"):
         await session.open_stage(0, resume=True)
     await session.close(b)
@@ -61,3 +62,19 @@ async def test_an_open_without_the_tokens_that_its_sampler_needs_is_refused(mesh
         with pytest.raises(RemoteFailure, match="token ids"):
             await a.links.request(a.id, session.open_message(0, resume=False), payload, timeout_s=1)
     await until_empty(mesh)
+
+
+async def test_a_stage_is_refused_under_other_numerics_than_those_of_the_plan(mesh: StageMesh) -> None:
+    own, other = NumericsId("torch/f32/512/0123456789abcdef"), NumericsId("torch/f32/512/fedcba9876543210")
+    a, b = mesh.start("a"), mesh.start("b")
+    b.host.residents.numerics = own
+    session = driver(mesh, a)
+    session.plan, session.epoch = session.plan_of((b, "0-4")), 1
+    session.plan = msgspec.structs.replace(session.plan, numerics=(other,))
+    with pytest.raises(RemoteFailure, match="computes with the numerics") as caught:
+        await session.open_stage(0, resume=False)
+    assert caught.value.remote_code == "no_such_peer"
+    await until_empty(mesh)
+    session.plan = msgspec.structs.replace(session.plan, numerics=(own,))
+    assert (await session.open_stage(0, resume=False)).held == 0
+    await session.close(b)

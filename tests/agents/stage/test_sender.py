@@ -2,11 +2,11 @@
 
 from typing import Any
 
-from meshd.protocol.messages import Activation, Failed, Taken
+from meshd.protocol.messages import Ack, Failed
 from meshd.types import SessionId
 from stage_mesh.driver import SESSION
 from stage_mesh.mesh import StageMesh
-from stage_mesh.sessions import ANSWER, driver, expected, sent_tokens, until_empty
+from stage_mesh.sessions import ANSWER, driver, expected, sent_steps, sent_tokens, until_empty
 
 
 async def test_a_lost_stage_is_computed_again_from_kept_outputs(mesh: StageMesh) -> None:
@@ -15,11 +15,12 @@ async def test_a_lost_stage_is_computed_again_from_kept_outputs(mesh: StageMesh)
     session.credit = 20
     await session.begin((a, "0-2"), (b, "2-4"))
     await session.wait_tokens(20)
+    await session.held_back()
     mesh.isolate(b)
     await session.until(lambda: a.received(Failed))
     (failed,) = a.received(Failed)
     assert (failed.code, failed.blame) == ("peer_lost", b.id)
-    assert a.pool.blocks_free < a.pool.blocks, "the failed stage keeps its KV"
+    assert a.share.leases, "the failed stage keeps its KV"
 
     session.credit = ANSWER
     await session.next_epoch((a, "0-2"), (c, "2-4"))
@@ -39,34 +40,24 @@ async def test_a_replay_stays_within_the_prefill_window(mesh: StageMesh) -> None
     session.credit, session.chunk = 20, 3
     await session.begin((a, "0-2"), (b, "2-4"))
     await session.wait_tokens(20)
+    await session.held_back()
     mesh.isolate(b)
     a.links.sent.clear()
     await session.next_epoch((a, "0-2"), (c, "2-4"))
-    untaken = most = 0
-    seen = 0
+    begun = most = 0
+    on_ack = a.host.on_ack
 
-    def count_sent() -> None:
-        nonlocal untaken, most, seen
-        for _, message in a.links.sent[seen:]:
-            if isinstance(message, Activation) and message.step < session.known:
-                untaken += 1
-                most = max(most, untaken)
-        seen = len(a.links.sent)
+    def acknowledged(sender: Any, message: Ack, payload: memoryview) -> None:
+        nonlocal begun, most
+        most = max(most, len(sent_steps(a)) - begun)
+        begun += message.stage == 1
+        on_ack(sender, message)
 
-    on_taken = a.host._on_taken
-
-    def taken(sender: Any, message: Taken, payload: memoryview) -> None:
-        nonlocal untaken
-        count_sent()
-        untaken -= 1
-        on_taken(sender, message, payload)
-
-    a.links.dispatcher._handlers[Taken] = taken
+    a.links.dispatcher._handlers[Ack] = acknowledged
     session.grant(ANSWER)
     await session.wait_tokens(ANSWER)
     assert most == 4
-    replayed = [message for _, message in a.links.sent if isinstance(message, Activation) and message.step < 59]
-    assert [message.tokens for message in replayed] == [3] * 19 + [2]
+    assert [step.tokens for step in sent_steps(a) if step.start < 59] == [3] * 19 + [2]
     assert session.tokens == await expected(mesh)
 
 
@@ -91,6 +82,7 @@ async def test_without_kept_outputs_everything_is_computed_again(mesh: StageMesh
     session.credit = 20
     await session.begin((a, "0-2"), (b, "2-4"))
     await session.wait_tokens(20)
+    await session.held_back()
     mesh.isolate(b)
     session.credit = ANSWER
     await session.next_epoch((a, "0-2"), (c, "2-4"))
@@ -107,6 +99,7 @@ async def test_offered_outputs_are_not_evicted_before_they_are_sent(mesh: StageM
     session.credit = 20
     await session.begin((a, "0-2"), (b, "2-4"))
     await session.wait_tokens(20)
+    await session.held_back()
     mesh.isolate(b)
     session.credit = ANSWER
     await session.open((a, "0-2"), (c, "2-4"), resume=True)
@@ -128,7 +121,7 @@ async def test_a_full_lane_slows_a_stage_down_and_no_peer_is_blamed(mesh: StageM
     mesh.full.add((a.id, b.id))
     await session.begin((a, "0-2"), (b, "2-4"))
     machine = a.host._active[SESSION, 0].machine
-    await session.until(lambda: a.links.waiting and machine.computing is not None and a.host._runner.job is None)
+    await session.until(lambda: a.links.waiting and machine.ready is not None and a.host._runner.job is None)
     assert machine.sent_to == 3, "the output of one step waits, and the next step waits for room before it computes"
     assert sent_tokens(a) == 0
     mesh.make_room(a, b)
@@ -158,6 +151,7 @@ async def test_outputs_that_wait_for_room_are_replayed_in_order(mesh: StageMesh)
     session.credit, session.chunk = 20, 3
     await session.begin((a, "0-2"), (b, "2-4"))
     await session.wait_tokens(20)
+    await session.held_back()
     mesh.isolate(b)
     await session.until(lambda: a.received(Failed))
     mesh.full.add((a.id, c.id))

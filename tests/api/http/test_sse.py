@@ -95,7 +95,7 @@ class TestSlowReader:
         self, server: Server, coordinator: Any, telemetry: Any
     ) -> None:
         _, writer = await asyncio.open_connection(*server.address, limit=1024)
-        body = b'{"model": "endless", "prompt": "x", "stream": true, "max_tokens": 4000, "n": 8, "logprobs": 20}'
+        body = b'{"model": "words", "prompt": "x", "stream": true, "max_tokens": 4000, "n": 8, "logprobs": 20}'
         writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
         await coordinator.until(lambda c: c.running == 8)
         await coordinator.until(lambda c: c.running == 0)

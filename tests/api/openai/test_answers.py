@@ -9,7 +9,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from fake_api.words import WordsGeneration
+from fake_api.words import NUMERICS, WordsGeneration
 from meshd.api.http.server import Server
 
 CHAT = {"messages": [{"role": "user", "content": "hello"}]}
@@ -105,6 +105,7 @@ async def test_headers_come_with_admission(http: aiohttp.ClientSession) -> None:
         async with http.post(path, json={"model": "prefills", "stream": True} | prompt) as response:
             assert response.status == 200
             assert len(response.headers["x-meshd-session"]) == 32
+            assert response.headers["x-meshd-numerics"] == NUMERICS
 
 
 async def test_several_answers_start_before_all_are_admitted(http: aiohttp.ClientSession, coordinator: Any, events_of: Any) -> None:

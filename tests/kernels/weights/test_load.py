@@ -1,6 +1,7 @@
 """Compares weights of every kind with the `gguf` package, and both backends' products with float64."""
 
 import tracemalloc
+from collections.abc import Mapping, Sequence
 
 import gguf
 import numpy as np
@@ -10,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meshd.errors import ModelFileError
-from meshd.kernels.ort import backend as ort_backend
-from meshd.kernels.ort.backend import open_session, zero_points_work
-from meshd.kernels.ort.graph import Precision, Subgraph, product_subgraph
+from meshd.kernels.ort.graph import Precision, product_subgraph
+from meshd.kernels.ort.session import OrtSession
+from meshd.kernels.ort.trials import least_rows, zero_points_work
 from meshd.kernels.threads import Workers
 from meshd.kernels.torch.products import Device, make_product
 from meshd.kernels.weights.kinds import BLOCK_KINDS
@@ -94,7 +95,9 @@ def values_of(matrix: Matrix) -> np.ndarray:
 
 def ort_product(matrices: tuple[Matrix, ...], x: np.ndarray, level: int, *, zeros: bool = True) -> np.ndarray:
     """Compute `x @ w.T` with the onnxruntime backend's graph; `level` 4 is int8 activations, 1 is float32."""
-    result: np.ndarray = open_session(product_subgraph(Projection(matrices), Precision(level, zeros)), 1).run(("y",), {"x": x})[0]
+    precision = Precision(level, zeros)
+    session = OrtSession(product_subgraph(Projection(matrices), precision), 1, least_rows(precision))
+    result: np.ndarray = session.run(("y",), {"x": x})[0]
     return result
 
 
@@ -180,20 +183,39 @@ def test_products_of_both_backends_are_right(kind: str, zeros: bool) -> None:
         assert np.array_equal(rounded[:1], alone), "a token's bits depend on the other tokens"
 
 
-def test_wrong_products_with_zero_points_are_detected(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Imitates onnxruntime on a processor with AVX2 only, where products of a single token are wrong."""
+class OtherProcessor(OrtSession):
+    """Imitates onnxruntime on a processor whose kernel for small products gives other values."""
 
-    class Wrong:
-        def __init__(self, subgraph: Subgraph, threads: int) -> None:
-            self._right = open_session(subgraph, threads)
+    up_to = 1
+    """Rows of the products that are other."""
 
-        def run(self, names: tuple[str, ...], inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
-            (y,) = self._right.run(names, inputs)
-            return [y * np.float32(0.6)] if len(y) == 1 else [y]
+    def run(self, outputs: Sequence[str], inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        (y,) = super().run(outputs, inputs)
+        computed = max(len(y), self._least_rows)
+        return [y * np.float32(0.6)] if computed <= self.up_to else [y]
 
+
+def test_products_that_are_other_for_a_single_row_are_detected_and_avoided(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("meshd.kernels.ort.trials.OrtSession", OtherProcessor)
+    assert least_rows.__wrapped__(Precision(4, zero_points=True)) == 2
+    monkeypatch.setattr("meshd.kernels.ort.trials.least_rows", lambda precision: 2)
     assert zero_points_work.__wrapped__()
-    monkeypatch.setattr(ort_backend, "open_session", Wrong)
+    monkeypatch.setattr(OtherProcessor, "up_to", 5)
     assert not zero_points_work.__wrapped__()
+
+
+@pytest.mark.parametrize("level", [1, 4])
+def test_a_row_alone_has_the_bits_that_it_has_among_others(level: int) -> None:
+    rng = np.random.default_rng(3)
+    precision = Precision(level, zero_points_work())
+    for kind in ("Q4_0", "Q4_1", "Q4_K", "Q8_0", "Q6_K", "F16", "F32"):
+        tensor, _ = random_tensor(kind, rows=300)
+        session = OrtSession(product_subgraph(Projection((load_matrix(tensor),)), precision), 2, least_rows(precision))
+        x = rng.standard_normal((9, tensor.shape[1]), dtype=np.float32)
+        together = session.run(("y",), {"x": x})[0]
+        for size in (1, 2, 3):
+            parts = [session.run(("y",), {"x": x[at : at + size]})[0] for at in range(0, 9, size)]
+            assert np.array_equal(np.concatenate(parts), together), (kind, size)
 
 
 def test_products_of_matrices_of_different_kinds_are_concatenated() -> None:

@@ -8,10 +8,10 @@ import pytest
 from gguf import GGMLQuantizationType, quants
 
 from meshd.kernels.backend import Backend, LoadedLayers, Segment
-from meshd.kernels.kv import KVPool
 from meshd.models.architectures import ARCHITECTURES
 from meshd.models.importing.huggingface import FAMILIES
 from meshd.types import LayerRange, Tensor
+from tiny.kv import make_lease
 from tiny.models import MODELS, TinyModel
 from tiny.steps import Chain
 
@@ -46,21 +46,24 @@ def whole(backend: Backend, tiny: TinyModel) -> Iterator[LoadedLayers]:
 
 
 def test_every_layer_agrees_with_transformers(tiny: TinyModel, whole: LoadedLayers) -> None:
-    expected, pool = tiny.layers(IDS), KVPool(tiny.spec, whole.layers, blocks=3)
+    expected, lease = tiny.layers(IDS), make_lease(tiny.spec, whole.layers, len(IDS))
     stages = [whole.stage(LayerRange(layer, layer + 1)) for layer in range(4)]
-    seen, table = [stages[0].embed(np.array(IDS, np.int32))], pool.allocate(len(IDS))
+    seen = [stages[0].embed(np.array(IDS, np.int32))]
     for stage in stages:
-        seen.append(stage.forward(seen[-1], [Segment(table, 0, len(IDS))], pool))
+        seen.append(stage.forward(seen[-1], [Segment(lease, 0, len(IDS))]))
     seen.append(stages[-1].logits(seen[-1]))
     assert [float(abs(got - right).max()) for got, right in zip(seen, expected, strict=True)] == pytest.approx([0] * 6, abs=LARGEST)
 
 
-def test_prefill_in_one_chunk_in_several_and_token_by_token_agree(tiny: TinyModel, whole: LoadedLayers) -> None:
+def test_prefill_in_one_chunk_in_several_and_token_by_token_agree(backend: Backend, tiny: TinyModel, whole: LoadedLayers) -> None:
+    """With torch to the last bit. With onnxruntime that holds for quantised weights, which is the next test but one."""
     one_chunk, chunked, single = (
         Chain.of(tiny.spec, [whole.stage(whole.layers)]).run(IDS, chunks) for chunks in ([len(IDS)], CHUNKS, [1] * len(IDS))
     )
     assert abs(chunked - one_chunk).max() < LARGEST
     assert abs(single - one_chunk).max() < LARGEST
+    if backend.name == "torch":
+        assert one_chunk.tobytes() == chunked.tobytes() == single.tobytes()
 
 
 def test_three_stages_give_the_same_bits_and_tokens(backend: Backend, tiny: TinyModel, whole: LoadedLayers) -> None:
@@ -75,9 +78,8 @@ def test_three_stages_give_the_same_bits_and_tokens(backend: Backend, tiny: Tiny
         each.close()
 
 
-@pytest.mark.parametrize("backend", ["onnxruntime"], indirect=True)
 def test_a_quantised_model_gives_the_same_bits_in_any_chunks(backend: Backend, tiny: TinyModel) -> None:
-    """Recovery by replay depends on this. Not with torch: the last bits of its products depend on the number of rows."""
+    """Recovery by replay depends on this."""
     weights = Quantised(tiny.reference, tiny.folder, tiny.plan, tiny.arrays)
     layers = backend.load(tiny.spec, LayerRange(0, 4), weights, embedding=True, head=True)
     hidden = [

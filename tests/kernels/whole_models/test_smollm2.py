@@ -3,7 +3,6 @@
 import itertools
 from collections.abc import Iterator
 
-import numpy as np
 import pytest
 
 from meshd.kernels.backend import Backend, LoadedLayers
@@ -56,12 +55,10 @@ def test_any_split_gives_the_same_bits(loaded: LoadedLayers, spec: ModelSpec, pr
     assert many.logits(split).tobytes() == one.logits(hidden).tobytes()
 
 
-def test_any_chunks_give_the_same_tokens(backend: Backend, loaded: LoadedLayers, spec: ModelSpec, prompt: list[int]) -> None:
-    """With onnxruntime also the same bits, so that an answer continues unchanged after a replay of its prompt."""
+def test_any_chunks_give_the_same_bits(loaded: LoadedLayers, spec: ModelSpec, prompt: list[int]) -> None:
+    """So an answer continues unchanged after a replay of its prompt."""
     stage = loaded.stage(loaded.layers)
     answers = [Chain.of(spec, [stage]).greedy(prompt, 8, chunk) for chunk in (1, 2, 5)]
     assert answers[0] == answers[1] == answers[2]
     one_chunk, one_by_one = (Chain.of(spec, [stage]).run(prompt, chunks) for chunks in ([5], [1] * 5))
-    if backend.name == "onnxruntime":
-        assert one_chunk.tobytes() == one_by_one.tobytes()
-    assert np.linalg.norm(one_chunk - one_by_one) < 1e-5 * np.linalg.norm(one_chunk)
+    assert one_chunk.tobytes() == one_by_one.tobytes()

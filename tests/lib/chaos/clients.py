@@ -94,7 +94,7 @@ class ClientRequest:
     """How many times the client sent the request again, because no event of the answer had arrived."""
     problem: str = ""
     story: list[dict[str, Any]] = field(default_factory=list)
-    """The session's story as the mesh recorded it, if a fault hit the session."""
+    """The session's story as the mesh recorded it."""
     ended_at: float = 0.0
 
     @property

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from chaos.clients import ClientPool, Order, stages_over
+from chaos.clients import ANSWER_S, ClientPool, Order, stages_over
 from chaos.repairs import REPAIRED_WITHIN_S, InjectedFault, Repairs
 from chaos.schedule import DOUBLE, Fault, Kind
 from chaos.sessions import Rows, choose_victim, coordinators_outside, has_part, possible_moves, sessions_hit
@@ -147,7 +147,7 @@ class FaultInjector:
         coordinator, first, victim = (healthy[(start + step) % len(healthy)] for step in range(3))
         order = Order(self.long, coordinator, {"stages": stages_over([first, victim], _PREFILL_CUT)})
         self.clients.orders.put(order)
-        until = time.monotonic() + 60
+        until = time.monotonic() + ANSWER_S  # until a client has got the answer that it waits for
         while order.request is None or not (order.request.answer.begun_at or order.request.ended_at):
             if time.monotonic() > until:
                 raise MeshBroken("no client has taken the long prompt")

@@ -19,7 +19,7 @@ import numpy as np
 
 from meshd.agents.links.links import Links
 from meshd.cli import main
-from meshd.protocol.messages import Activation, KvBlocks, Lane, Message, Token
+from meshd.protocol.messages import KvBlocks, Lane, Message, Steps, Tokens
 from meshd.types import PeerId
 
 _real_send = Links.send
@@ -46,24 +46,30 @@ class _Garbage:
 
     def _spoil(self, links: Links, peer: PeerId, message: Message, payload: Any) -> tuple[Message, Any]:
         match self._kind, message:
-            case "nan", Activation() | KvBlocks():
+            case "nan", Steps() | KvBlocks() if _has_tensors(message):
                 return message, np.full(len(payload) // 4, np.nan, np.float32).data.cast("B")
-            case "nan", Token():
-                return msgspec.structs.replace(message, token=-1), payload
-            case "size", Activation():
+            case "nan", Tokens():
+                return msgspec.structs.replace(message, tokens=(-1,)), payload
+            case "size", Steps() if _has_tensors(message):
                 return message, bytes(memoryview(payload).cast("B")[: memoryview(payload).nbytes // 2])
-            case "size", Token():
+            case "size", Tokens():
                 return msgspec.structs.replace(message, index=message.index + 7), payload
-            case "vocabulary", Activation():
-                return msgspec.structs.replace(message, hidden=message.hidden + 1), payload
-            case "vocabulary", Token():
-                return msgspec.structs.replace(message, token=2**30), payload
-            case "torn", Activation() | Token() if time.monotonic() > self._torn_at + _TORN_EVERY_S:
+            case "vocabulary", Steps() if _has_tensors(message):
+                steps = (msgspec.structs.replace(step, tokens=step.tokens + 1) for step in message.steps)
+                return msgspec.structs.replace(message, steps=tuple(steps)), payload
+            case "vocabulary", Tokens():
+                return msgspec.structs.replace(message, tokens=(2**30,)), payload
+            case "torn", Steps() | Tokens() if time.monotonic() > self._torn_at + _TORN_EVERY_S:
                 self._torn_at = time.monotonic()
                 link = links._table.get(peer)
                 if link is not None and Lane.CONTROL in link.lanes:
                     link.lanes[Lane.CONTROL]._transport.write(b"\xff" * 97)
         return message, payload
+
+
+def _has_tensors(message: Message) -> bool:
+    """Whether a message carries KV or hidden states. The steps for a first stage are token ids, which come from no stage."""
+    return not isinstance(message, Steps) or message.steps[0].stage > 0
 
 
 def _on_signal(number: int, frame: FrameType | None) -> None:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from chaos.blame import FaultTimes
 from chaos.schedule import Fault, Kind
 from real_daemons.mesh import Host, Mesh, MeshBroken
 
@@ -38,6 +39,7 @@ class Repairs:
     mesh: Mesh
     say: Callable[[str], None]
     problems: list[str] = field(default_factory=list)
+    times: FaultTimes = field(default_factory=FaultTimes)
     _faulty: set[str] = field(default_factory=set)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _threads: list[threading.Thread] = field(default_factory=list)
@@ -50,6 +52,8 @@ class Repairs:
     def mark_faulty(self, *names: str) -> None:
         with self._lock:
             self._faulty.update(names)
+        for name in names:
+            self.times.begins(name, time.monotonic())
 
     def start(self, injected: InjectedFault, *names: str) -> None:
         """Start a thread that repairs these peers when the fault's duration is over."""
@@ -78,6 +82,8 @@ class Repairs:
         else:
             with self._lock:
                 self._faulty.difference_update(names)
+            for name in names:
+                self.times.ends(name, time.monotonic())
         finally:
             injected.over_at = injected.over_at or time.monotonic()
 

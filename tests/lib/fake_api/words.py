@@ -25,7 +25,7 @@ from meshd.types import FinishReason, ModelCard, ModelId, ModelSpec, SessionId
 VOCABULARY = (" the", " a", " mesh", " of", " small", " devices", " answers", " as", " one", " große", " 数", " stream", " and")
 CONTEXT = 4096
 PACE_S = 0.001
-"""Seconds for each word of a background answer, so that tests can act in the middle of the answer."""
+"""Seconds for each word of a background answer and of the model `endless`, so that tests can act in the middle of the answer."""
 
 REFUSALS: dict[str, Callable[[], MeshdError | Exception]] = {
     "busy": lambda: Overloaded("the queue is full", retry_after_s=2.5),
@@ -72,6 +72,9 @@ class Record:
         return session_of(self.secret)
 
 
+NUMERICS = "onnxruntime/int8/512/0123456789abcdef"
+
+
 class WordsGeneration:
     """An answer on one peer. It draws a word whenever a reader needs one; the words of a background answer are drawn by a task."""
 
@@ -92,6 +95,10 @@ class WordsGeneration:
     @property
     def plan_header(self) -> str:
         return f"{self._owner.name}:0-1,there:1-2"
+
+    @property
+    def numerics_header(self) -> str:
+        return NUMERICS
 
     @property
     def status(self) -> str:
@@ -178,7 +185,9 @@ class WordsGeneration:
         elif made == self._limit():
             self._finish(FinishReason.LENGTH, "completed")
         else:
-            if model == "endless" or made % 8 == 0:
+            if model == "endless" and not record.request.background:
+                await asyncio.sleep(PACE_S)
+            elif made % 8 == 0:
                 await asyncio.sleep(0)
             if record.at is self and self.runs:
                 record.status = "in_progress"

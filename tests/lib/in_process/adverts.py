@@ -7,6 +7,7 @@ import msgspec
 
 from in_process.clusters import make_card, make_holding
 from meshd.agents.placement.replication import LoadRequest, apply_request
+from meshd.numerics import UNKNOWN, NumericsId
 from meshd.types import Advert, Capability, Holding, LinkStats, ModelCard, PeerId, Rates
 
 CARD = make_card(30)
@@ -24,6 +25,7 @@ def advert(
     roles: tuple[str, ...] = ("compute",),
     incarnation: int = 1,
     draining: bool = False,
+    numerics: NumericsId = UNKNOWN,
 ) -> Advert:
     """Build the advert of a peer with these holdings, `memory` further bytes that are free, and links to `others`."""
     rates = Rates(
@@ -42,6 +44,7 @@ def advert(
         version="",
         capability=Capability(
             backend="torch",
+            numerics=numerics,
             processor="",
             threads=1,
             memory_total_bytes=2 * memory,

@@ -12,8 +12,8 @@ from meshd.agents.observe.story import Story
 from meshd.agents.observe.stream import EventStream
 from meshd.agents.session.answer import Answer, AnswerContext
 from meshd.agents.session.events import Replan
-from meshd.protocol.messages import Close, Credit, Message, Mirror, Open, Opened, Prompt, Renew, Reply, Resume, Token
-from meshd.types import LayerRange, PeerId, Plan, PlanId, StagePlan
+from meshd.protocol.messages import Ack, Close, Message, Mirror, Open, Opened, Renew, Reply, Resume, Steps, Tokens
+from meshd.types import LayerRange, PeerId, Plan, PlanId, StagePlan, TokenLogprobs
 from sim.toy.text import toy_text
 
 CARD = make_card()
@@ -34,7 +34,7 @@ class AnswerSite:
         self.story = Story(self.clock)
         self.published = EventStream(peer.id, "here", self.clock)
         peer.links.register(Open, self._on_open)
-        for kind in (Prompt, Resume, Credit, Renew, Close, Mirror):
+        for kind in (Steps, Resume, Ack, Renew, Close, Mirror):
             peer.links.register(kind, self._on_message)
         fresh = msgspec.structs.replace(record(), model=CARD.id, coordinator=peer.id, epoch=0)
         self.answer = Answer(msgspec.structs.replace(fresh, **fields), CARD, toy_text(CARD), self._context())
@@ -51,6 +51,7 @@ class AnswerSite:
             on_opened=lambda answer: self.events.append("opened"),
             on_token=lambda answer, index, token, logprobs: self.events.append(f"token {index}"),
             on_recovered=lambda answer, recovered: self.events.append(f"recovered by {recovered.method}"),
+            on_superseded=lambda answer, coordinator: self.events.append(f"superseded by {coordinator}"),
             on_end=lambda answer: self.events.append(f"end {answer.status}"),
         )
 
@@ -74,14 +75,14 @@ class AnswerSite:
         self.answer.planned(self.plan(*cuts))
         await self.answer.opened
 
-    def token(self, index: int, token: int, finish: str = "") -> Token:
-        return Token(
+    def tokens(self, index: int, *tokens: int, finish: str = "", logprobs: tuple[TokenLogprobs, ...] = ()) -> Tokens:
+        """Make the message of tokens that the last stage sampled after one step."""
+        return Tokens(
             session=self.answer.session,
             epoch=self.answer.machine.epoch,
-            step=0,
             index=index,
-            token=token,
-            final=bool(finish),
+            tokens=tokens,
+            logprobs=logprobs,
             finish=finish,
         )
 

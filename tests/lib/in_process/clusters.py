@@ -4,12 +4,17 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
+from meshd.numerics import UNKNOWN, NumericsId, numerics_id
 from meshd.planner.network import Network
 from meshd.planner.problem import PlanInput
 from meshd.planner.profile import PeerProfile
 from meshd.types import Advert, Capability, Holding, LayerRange, LinkStats, ModelCard, ModelId, ModelSpec, PeerId, Rates
 
 MODEL = ModelId("5a" * 16)
+PROMISED = numerics_id("onnxruntime", "int8", 512, "a1" * 8, batch_invariant=True)
+OTHER = numerics_id("native", "int8", 512, "b2" * 8, batch_invariant=True)
+UNPROMISED = numerics_id("torch", "f32", 512, "c3" * 8, batch_invariant=False)
+"""Three numerics ids."""
 
 
 def make_card(layers: int = 30, *, layer_bytes: Sequence[int] | None = None, tied: bool = True) -> ModelCard:
@@ -57,6 +62,8 @@ def make_peer(
     holdings: tuple[Holding, ...] = (),
     roles: tuple[str, ...] = ("compute", "attention", "storage"),
     draining: bool = False,
+    numerics: NumericsId = UNKNOWN,
+    weight_bits: dict[str, float] | None = None,
 ) -> PeerProfile:
     rates = Rates(
         decode_bytes_s=decode_gb_s * 1e9,
@@ -76,6 +83,8 @@ def make_peer(
         roles=roles,
         step_overhead_s=step_overhead_s,
         draining=draining,
+        numerics=numerics,
+        weight_bits=weight_bits or {},
     )
 
 
@@ -138,6 +147,7 @@ def make_advert(
         version="0",
         capability=Capability(
             backend="none",
+            numerics=peer.numerics,
             processor="none",
             threads=peer.threads,
             memory_total_bytes=8 << 30,
@@ -145,6 +155,7 @@ def make_advert(
             rates=peer.rates,
             roles=peer.roles,
             power_w=peer.power_w,
+            weight_bits=peer.weight_bits,
         ),
         holdings=peer.holdings,
         models=(card or make_card(),) if stored else (),

@@ -1,9 +1,18 @@
-"""Reads a byte stream with a FrameReader."""
+"""Makes frames of one step, and reads a byte stream with a FrameReader."""
 
 from collections.abc import Iterable
 
 from meshd.errors import ProtocolViolation
 from meshd.protocol.framing import Frame, FrameLimits, FrameReader
+from meshd.protocol.messages import Step, StepKind, Steps
+
+
+def one_step(seq: int, size: int = 4, kind: StepKind = StepKind.DECODE) -> Steps:
+    """Make the frame of one step whose payload has `size` bytes."""
+    step = Step(
+        session="5e" * 16, epoch=1, stage=1, seq=seq, start=seq, tokens=1, kind=kind, sample=1, committed=seq + 1, size=size
+    )
+    return Steps(steps=(step,))
 
 
 def read_frames(

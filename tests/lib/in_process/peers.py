@@ -53,8 +53,14 @@ class Peer:
             return await self.downs.get()
 
     async def stop(self) -> None:
-        await self.links.close("the test is over")
-        await self.task
+        if not self.task.cancelled():
+            await self.links.close("the test is over")
+            await self.task
+
+    async def kill(self) -> None:
+        """Close all sockets without a goodbye, as the kernel does for a process that is killed."""
+        self.task.cancel()
+        await asyncio.wait([self.task])
 
 
 class Peers:

@@ -1,5 +1,6 @@
 """Plans written as text, `a:0-10,b:10-20`, and the recovery of sessions that ran under them. The peer `a` has the id `a-id`."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -8,6 +9,7 @@ from in_process.clusters import make_card, make_holding, make_peer
 from in_process.placing import Cluster
 from meshd.agents.service import MeshOptions
 from meshd.agents.session.plan.resume import RecoveryPlan, RecoveryRequest
+from meshd.numerics import NumericsId
 from meshd.types import LayerRange, PeerId, Plan, PlanId, StagePlan
 
 CARD = make_card()
@@ -20,9 +22,16 @@ def stages_of(text: str) -> tuple[StagePlan, ...]:
     return tuple(StagePlan(peer=PeerId(f"{name}-id"), layers=LayerRange.parse(layers)) for name, layers in parts)
 
 
-def plan_of(text: str) -> Plan:
+def plan_of(text: str, *numerics: NumericsId) -> Plan:
+    """Build a plan. `numerics`: of its stages, in order."""
     return Plan(
-        id=PlanId("old"), model=CARD.id, stages=stages_of(text), prefill_chunk_tokens=128, context=512, predicted_tpot_s=0.01
+        id=PlanId("old"),
+        model=CARD.id,
+        stages=stages_of(text),
+        prefill_chunk_tokens=128,
+        context=512,
+        predicted_tpot_s=0.01,
+        numerics=numerics,
     )
 
 
@@ -34,13 +43,15 @@ def ids(*names: str) -> frozenset[PeerId]:
     return frozenset(PeerId(f"{name}-id") for name in names)
 
 
-def recovery_request(old: str | None, lost: frozenset[PeerId] = frozenset(), **fields: Any) -> RecoveryRequest:
+def recovery_request(
+    old: str | None, lost: frozenset[PeerId] = frozenset(), *, numerics: Sequence[NumericsId] = (), **fields: Any
+) -> RecoveryRequest:
     """Build the recovery request of a session with 300 known tokens, 200 of them in the prompt, and a context of 512.
 
-    `old`: the session's plan as text; None if it had none.
+    `old`: the session's plan as text; None if it had none. `numerics`: of its stages.
     """
     given: dict[str, Any] = {"avoid": frozenset(), "prompt_tokens": 200, "max_tokens": 312, "known": 300}
-    return RecoveryRequest(old=None if old is None else plan_of(old), lost=lost, **given | fields)
+    return RecoveryRequest(old=None if old is None else plan_of(old, *numerics), lost=lost, **given | fields)
 
 
 async def recover(cluster: Cluster, request: RecoveryRequest, mesh: MeshOptions = NO_OPTIONS) -> RecoveryPlan:

@@ -30,10 +30,12 @@ def next_minor(root: Path) -> Path:
     (messages / "link.py").write_text((messages / "link.py").read_text() + _GREETING)
     _patch(
         messages / "steps.py",
-        ('    finish: Word = ""\n', '    finish: Word = ""\n    lag_ms: Millis = 0\n'),
-        ("import StageIndex,", "import Millis, StageIndex,"),
+        ("    finish: TokensFinish | None = None\n", "    finish: TokensFinish | None = None\n    lag_ms: Millis = 0\n"),
+        ("    size: Size\n", "    size: Size\n    priority: Count = 7\n"),
+        ("    Epoch,\n", "    Epoch,\n    Millis,\n"),
     )
-    _patch(build / "agents/stage/sender.py", ("        token=token,\n", "        token=token,\n        lag_ms=7,\n"))
+    finish = "            finish=output.finish,\n"
+    _patch(build / "agents/stage/sender.py", (finish, f"{finish}            lag_ms=7,\n"))
     _patch(messages / "session.py", ("    answered: Tokens", '    tier: str = ""\n    answered: Tokens'))
     stages = build / "agents/session/stages/client.py"
     _patch(stages, ("            prompt_tokens=", '            tier="gold",\n            prompt_tokens='))

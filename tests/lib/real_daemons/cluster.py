@@ -38,9 +38,10 @@ class Daemon:
             return json.load(answer)
 
     def post(self, path: str, body: dict[str, Any], timeout_s: float = 120.0) -> Any:
-        request = urllib.request.Request(self.api + path, json.dumps(body).encode(), {"content-type": "application/json"})
-        with urllib.request.urlopen(request, timeout=timeout_s) as answer:
-            return json.load(answer)
+        """Send a POST that must succeed. Returns: the body of the response."""
+        status, document, _ = self.post_raw(path, body, timeout_s)
+        assert status < 400, f"{path} failed with {status}: {document}"
+        return document
 
     def post_raw(self, path: str, body: dict[str, Any], timeout_s: float = 120.0) -> tuple[int, Any, dict[str, str]]:
         """Send a POST. Returns: status, body and headers (names in lower case), also of an error response."""

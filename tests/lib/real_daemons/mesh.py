@@ -215,6 +215,12 @@ class Mesh:
         if "data: [DONE]" not in events:
             raise MeshBroken(f"{stages} were not placed: {events[-500:]}")
 
+    def place_only(self, at: str, context: int, *placements: str) -> None:
+        """Place these layers of the model and no others, through the daemon `at`. Raises: as `place`."""
+        self[at].post("/mesh/v1/unplace", {"model": MODEL}, 120)
+        for stages in placements:
+            self.place(at, stages, context)
+
     def story(self, session: str) -> list[dict[str, Any]]:
         """Return a session's story, which the first daemon that answers collects from all peers. Empty: none answers."""
         for host in self:
@@ -258,9 +264,10 @@ def running(
         site.close()
 
 
-def pull_model() -> None:
-    """Pull the model into the cache that all daemons share. Raises: MeshBroken."""
+def pull_model() -> Path:
+    """Pull the model into the cache that all daemons share. Returns: its file. Raises: MeshBroken."""
     command = [sys.executable, "-P", "-m", "meshd", "pull", MODEL, "--cache", str(Settings()["cache"].value)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     if done.returncode:
         raise MeshBroken(f"the model can't be fetched: {done.stderr}")
+    return Path(done.stdout.splitlines()[0].rpartition(" in ")[2])

@@ -10,10 +10,10 @@ import numpy.typing as npt
 import torch
 
 from meshd.kernels.backend import Segment, Stage
-from meshd.kernels.kv import KVPool
 from meshd.models.files.gguf import GgufFile
 from meshd.models.text.tokenizer.files import tokenizer_from_gguf
 from meshd.types import ModelSpec
+from tiny.kv import make_lease
 
 F32 = npt.NDArray[np.float32]
 ROWS = 32
@@ -42,12 +42,11 @@ def windows(file: GgufFile, positions: int, context: int) -> list[list[int]]:
 
 def stage_rows(stage: Stage, spec: ModelSpec, ids: Sequence[int], at_once: int = ROWS) -> Iterator[F32]:
     """Yield meshd's logits after each token, in parts of `[at_once, vocab]`."""
-    pool = KVPool(spec, stage.layers, blocks=-(-len(ids) // 32))
-    table = pool.allocate(len(ids))
+    lease = make_lease(spec, stage.layers, len(ids))
     parts = []
     for start in range(0, len(ids), CHUNK):
         chunk = np.asarray(ids[start : start + CHUNK], np.int32)
-        parts.append(stage.forward(stage.embed(chunk), [Segment(table, start, len(chunk))], pool))
+        parts.append(stage.forward(stage.embed(chunk), [Segment(lease, start, len(chunk))]))
     hidden = np.concatenate(parts)
     for start in range(0, len(hidden), at_once):
         yield stage.logits(hidden[start : start + at_once])

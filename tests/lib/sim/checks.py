@@ -2,8 +2,10 @@
 
 from typing import TYPE_CHECKING, Any
 
+from meshd.agents.session.stages.client import LEASE_S
 from meshd.types import PeerId, SessionId
-from sim.peer.inspection import leftovers, queues, used_tables
+from sim.peer.inspection import leftovers, queues, used_leases
+from sim.toy.backend import ToyArena
 
 if TYPE_CHECKING:
     from sim.peer.process import SimProcess
@@ -26,8 +28,8 @@ class Checks:
         """The last epoch of each answer and `SessionKv`, by `id()`. The object is kept, so that no other one gets its `id()`."""
         self._blamed: dict[tuple[PeerId, SessionId, PeerId], float] = {}
         """Until when a coordinator distrusts a peer in a session, as it was at the last check."""
-        self._pools: dict[int, tuple[int, int, int]] = {}
-        """State of each pool at its last check, by the pool's `id()`. A pool that has not changed since is not checked again."""
+        self._arenas: dict[int, int] = {}
+        """Changes of each arena up to its last check, by `id()`. An arena that has not changed since is not checked again."""
 
     def after(self, process: "SimProcess") -> None:
         """Check a process after one of its callbacks."""
@@ -38,24 +40,23 @@ class Checks:
             answer.machine.validate()
             self._check_epoch(process, answer, answer.session, answer.machine.epoch)
             self._check_blame(process, answer)
-        for active in process.stages._active.values():
-            active.machine.validate()
-        for session_kv in process.stages._kv_manager:
+        for session_kv in process.stages._kv_manager._sessions.values():
             self._check_epoch(process, session_kv, session_kv.session, session_kv.epoch)
-        for resident in process.holdings:
-            if resident.pool is not None:
-                self._check_pool(process, resident)
+        self._check_arena(process)
         if self.count % _SWEEP_EVERY == 0:
             self.sweep()
 
     def sweep(self) -> None:
         """Run the checks that take too long to run after each callback."""
-        self._pools.clear()
+        self._arenas.clear()
         present: set[int] = set()
         for peer in self._world.peers.values():
             if peer.process is not None:
                 self._check_queues(peer.process)
                 self._check_links(peer.process)
+                self._check_takeovers(peer.process)
+                for active in peer.process.stages._active.values():
+                    active.machine.validate()
                 present.update(map(id, peer.process.coordinator.answers.values()))
                 present.update(map(id, peer.process.stages._kv_manager))
         self._epochs = {key: known for key, known in self._epochs.items() if key in present}
@@ -85,21 +86,32 @@ class Checks:
                     f"{answer.recovery.reason or answer.machine.error}"
                 )
 
-    def _check_pool(self, process: "SimProcess", resident: Any) -> None:
-        """Check that every block is either free or in exactly one table, and that every table is in use by a session or a step."""
-        pool = resident.pool
-        state = (len(pool._live), pool._next_id, pool.blocks_free)
-        if self._pools.get(id(pool)) == state:
+    def _check_arena(self, process: "SimProcess") -> None:
+        """Check that bytes are counted once, and that every lease is in use by a session or a step."""
+        arena = process.holdings.arena
+        assert isinstance(arena, ToyArena)
+        if self._arenas.get(id(arena)) == arena.changes:
             return
-        self._pools[id(pool)] = state
-        taken = [block for table in pool._live.values() for block in table.blocks]
-        if len(taken) != len(set(taken)) or not pool._free.isdisjoint(taken) or len(taken) + len(pool._free) != pool.blocks:
-            raise InvariantBroken(f"{process.spec.name}: {len(taken)} blocks are taken and {len(pool._free)} free of {pool.blocks}")
-        used = {table.id for table in used_tables(process, resident)}
-        if used != set(pool._live):
-            raise InvariantBroken(
-                f"{process.spec.name} {resident.layers}: tables {sorted(pool._live)} are taken, {sorted(used)} are in use"
-            )
+        self._arenas[id(arena)] = arena.changes
+        open_leases = frozenset(map(id, arena.leases))
+        counted = sum(lease.reserved_bytes for lease in arena.leases)
+        if counted != arena.reserved_bytes or counted > arena.budget_bytes:
+            raise InvariantBroken(f"{process.spec.name}: {arena.reserved_bytes} bytes are reserved, the leases have {counted}")
+        used = frozenset(map(id, used_leases(process)))
+        if used != open_leases:
+            raise InvariantBroken(f"{process.spec.name}: {len(open_leases)} leases are open, {len(used)} are in use")
+
+    def _check_takeovers(self, process: "SimProcess") -> None:
+        """Check that no session of a lost coordinator waits behind other requests: its stages do not keep its KV for so long."""
+        if self._world.health.is_affected(process.spec.id):
+            return
+        now = process.clock.monotonic()
+        for orphan in process.coordinator._takeovers._orphans.values():
+            if orphan.tried and now - orphan.due > LEASE_S:
+                raise InvariantBroken(
+                    f"{process.spec.name}: session {orphan.session} waits for {now - orphan.due:.1f} s to be taken over, "
+                    f"but its stages keep its KV for {LEASE_S:g} s only"
+                )
 
     def _check_links(self, process: "SimProcess") -> None:
         """Check that every link is with a peer that belongs to the cluster, by the newest rotation that this peer knows."""
@@ -139,7 +151,5 @@ class Checks:
             left = leftovers(process)
             if left:
                 raise InvariantBroken(f"{process.spec.name}: left over after all sessions have ended: {'; '.join(left)}")
-            for resident in process.holdings:
-                if resident.pool is not None and resident.pool.blocks_free != resident.pool.blocks:
-                    leaked = resident.pool.blocks - resident.pool.blocks_free
-                    raise InvariantBroken(f"{process.spec.name} {resident.layers}: {leaked} blocks leaked")
+            if process.holdings.arena.leases:
+                raise InvariantBroken(f"{process.spec.name}: {len(process.holdings.arena.leases)} leases leaked")

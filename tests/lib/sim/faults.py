@@ -6,9 +6,13 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from meshd.agents.service import MeshOptions
+from meshd.agents.session.session import SessionState
+from meshd.errors import InvalidRequest
 from sim.network.wires import HarshNetwork
 
 if TYPE_CHECKING:
+    from meshd.agents.session.answer import Answer
     from meshd.types import PeerId
     from sim.peer.peer import SimPeer
     from sim.peer.process import SimProcess
@@ -238,9 +242,20 @@ async def _isolate(world: "World", fault: Fault) -> None:
     await _process_fault(world, fault, begin, end)
 
 
-@_fault("reset", 0.0, 0.1)
-async def _reset(world: "World", fault: Fault) -> None:
-    await _pair_fault(world, fault, lambda one, other: world.network.break_link(one.id, other.id), lambda one, other: None)
+@_fault("flap", 0.0, 3.0)
+async def _flap(world: "World", fault: Fault) -> None:
+    """Reset the link between two peers, perhaps several times. Both live on, so nobody may notice: neither is marked as faulty."""
+    pair = _pick_pair(world, fault)
+    if pair is None:
+        return
+    world.health.injected += 1
+    until, every_s = world.loop.time() + fault.lasts_s, 0.1 + 0.4 * fault.chance
+    while True:
+        world.trace.note("flap", *(peer.name for peer in pair))
+        world.network.break_link(*(peer.id for peer in pair))
+        if world.loop.time() >= until:
+            return
+        await asyncio.sleep(every_s)
 
 
 @_fault("slow link", 1.0, 10.0)
@@ -270,19 +285,38 @@ async def _drain(world: "World", fault: Fault) -> None:
 
 @_fault("move", 0.0, 0.1)
 async def _move(world: "World", fault: Fault) -> None:
-    """Move a running answer to a random peer, as a user may. This disturbs no peer, so none is marked as faulty."""
-    running = [
-        (peer.process, session)
+    """Move one peer's part of a decoding answer, as a user may. This disturbs no peer, so none is marked as faulty."""
+    decoding = [
+        (peer.process, answer)
         for peer in world.peers.values()
         if peer.process is not None and not peer.frozen
-        for session in peer.process.coordinator.answers
+        for answer in peer.process.coordinator.answers.values()
+        if answer.machine.state is SessionState.DECODING
     ]
-    if running:
-        process, session = running[int(fault.chance * 1000) % len(running)]
-        target = list(world.peers)[int(fault.chance * 7919) % len(world.peers)]
+    if not decoding:
+        return
+    process, answer = decoding[int(fault.chance * 1000) % len(decoding)]
+    assert answer.plan is not None
+    sources = answer.plan.peers
+    targets = [peer for peer in world.peers if peer not in sources]
+    if targets:
+        source, target = sources[int(fault.chance * 6007) % len(sources)], targets[int(fault.chance * 7919) % len(targets)]
         world.health.injected += 1
-        world.trace.note("move", process.spec.name, session[:6], world.names[target])
-        await world.do(process, process.coordinator.move(session, target, None), 30.0)
+        world.trace.note("move", process.spec.name, answer.session[:6], world.names[source], world.names[target])
+        await world.do(process, _load_and_move(process, answer, source, target, world.names[target]), 30.0)
+
+
+async def _load_and_move(process: "SimProcess", answer: "Answer", source: "PeerId", target: "PeerId", name: str) -> None:
+    """Move an answer's stages at `source` to `target`. If the model is not loaded there, load all of it first."""
+    plan = answer.plan
+    assert plan is not None
+    try:
+        process.coordinator.router.with_target(answer.card, plan, target, source)
+    except InvalidRequest:
+        options = MeshOptions(stages=f"{name}:0-{answer.card.spec.layers}")
+        async for _ in process.agents.placer.place(answer.card, options):
+            pass
+    await process.coordinator.move(answer.session, target, source)
 
 
 @_fault("harsh network", 0.5, 5.0)

@@ -6,18 +6,21 @@ from typing import Any
 
 import msgspec
 
-from meshd.kernels.kv import KVPool
+from meshd.kernels.kv.arena import HostArena
+from meshd.kernels.kv.memory import LayerMemory
 
 _CONTAINERS = (dict, list, set, frozenset, deque, OrderedDict, Counter, tuple)
 _BYTES = (bytearray, bytes)
 _LEAVES = (str, int, float, bool, type(None), memoryview)
+_LEFT_OUT = (HostArena, LayerMemory)
 
 
 def kept(root: object) -> Counter[str]:
     """Count the members of all containers that are reachable from meshd's objects, by the class and the attribute.
 
-    A pool of KV is left out: it has as many blocks as its placement reserved. An entry of 1 KiB of a `bytearray` counts as one
-    object. Parts that do not change with time (specifications, cards, plans) are counted too.
+    The arena of KV is left out: `Checks` counts its leases. So is what each loaded layer remembers of a token: it changes
+    with the layers that a peer holds. An entry of 1 KiB of a `bytearray` counts as one object. Parts that do not change
+    with time (specifications, cards, plans) are counted too.
     """
     counts: Counter[str] = Counter()
     seen: set[int] = set()
@@ -32,7 +35,7 @@ def kept(root: object) -> Counter[str]:
         elif isinstance(value, _CONTAINERS):
             counts[path] += len(value)
             waiting += [(member, path) for member in _members(value)]
-        elif type(value).__module__.startswith("meshd.") and not isinstance(value, KVPool):
+        elif type(value).__module__.startswith("meshd.") and not isinstance(value, _LEFT_OUT):
             waiting += [(member, f"{type(value).__name__}.{name}") for name, member in _attributes(value)]
     return counts
 

@@ -26,8 +26,16 @@ class Options:
     """Longest answer, in tokens."""
     contexts: int = 0
     """Number of whole contexts that a placement reserves KV for at most. 0: as many as meshd chooses."""
+    sessions: int = 16
+    """Number of sessions that a peer runs at once. Further requests wait."""
+    numerics: int = 1
+    """Number of different numerics in the cluster. Each peer has one of them."""
     slowness: float = 1.0
     """Factor by which all peers compute slower. At 5, a whole prefill chunk takes up to ten seconds."""
+    guesses: float = 0.4
+    """Share of the first stages that have a drafter, so that their sessions have verify and refill steps."""
+    width: int = 576
+    """Width of the model as it counts for the sizes of payloads. The toy model is 4 wide."""
     events: int = 0
     """Number of timers that must have fired before clients stop sending requests. 0: send `requests` requests in all."""
     churn: bool = False

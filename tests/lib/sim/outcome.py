@@ -20,12 +20,18 @@ class Outcome:
     faults: int = 0
     virtual_s: float = 0.0
     real_s: float = 0.0
+    kinds: Counter[str] = field(default_factory=Counter)
+    """Number of steps of each kind, of parts of prompts, of batches of several steps, and of guesses of each skill."""
     exact: int = 0
+    mixed: int = 0
+    """Number of answers that were computed with several numerics, as their stories say, and are not those of one."""
     cancelled: int = 0
     client_errors: int = 0
     refused: int = 0
     """Number of the clients' errors that say that the peers are full."""
     recoveries: int = 0
+    losses: int = 0
+    """Number of times that answers continued after something had failed. Moves and resumed answers are not counted."""
     plans: int = 0
     searches: int = 0
     searching_s: float = 0.0

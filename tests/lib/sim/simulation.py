@@ -15,7 +15,8 @@ from sim.clients.requests import Workload, make_request, make_requests
 from sim.faults import inject, make_faults
 from sim.options import Options
 from sim.outcome import Outcome
-from sim.patches import kv_for, virtual_time, watched_log
+from sim.patches import patched
+from sim.peer.compute import STEP_COUNTS
 from sim.peer.inspection import leftovers
 from sim.world import World
 
@@ -51,7 +52,7 @@ class _Simulation:
         world = self._world
         outcome = Outcome(world.seed)
         began = time.perf_counter()
-        with virtual_time(self._loop, world.meter), watched_log(self._loop, world.trace), kv_for(world.options.contexts):
+        with patched(world):
             try:
                 self._loop.run_until_complete(self._main())
             except AssertionError as error:
@@ -70,14 +71,17 @@ class _Simulation:
         outcome.callbacks = self._loop.callbacks
         outcome.messages = world.network.delivery.messages
         counts = sum((peer.counts() for peer in world.peers.values()), Counter[str]())
+        outcome.losses = counts["losses"]
         outcome.steps, outcome.plans, outcome.recoveries = counts["steps"], counts["plans"], counts["recoveries"]
         outcome.events = self._loop.timers_run
         outcome.searches, outcome.searching_s = counts["searches"], sum(peer.searching_s for peer in world.peers.values())
         outcome.methods = Counter({name: counts[name] for name in _METHODS if counts[name]})
+        outcome.kinds = Counter({name: counts[name] for name in STEP_COUNTS}) + world.drafts.guessed
         outcome.checks = world.checks.count
         outcome.faults = world.health.injected
         outcome.virtual_s = self._loop.time() - 1000.0
         outcome.exact = sum(client.ended == "exact" for client in clients)
+        outcome.mixed = sum(client.ended == "mixed" for client in clients)
         outcome.cancelled = sum(client.ended == "cancelled" for client in clients)
         outcome.refused = sum(error.startswith(Overloaded.code) for client in clients for error in client.errors)
         outcome.client_errors = sum(len(client.errors) for client in clients)
@@ -127,7 +131,13 @@ class _Simulation:
 
     def _workload(self) -> Workload:
         options = self._options
-        return Workload(requests=options.requests, within_s=options.within_s, prompt=options.prompt, answer=options.answer)
+        return Workload(
+            requests=options.requests,
+            within_s=options.within_s,
+            prompt=options.prompt,
+            answer=options.answer,
+            numerics=options.numerics,
+        )
 
     async def _run_fixed(self) -> None:
         """Run a fixed number of requests and faults, which are all drawn at the start."""

@@ -20,6 +20,8 @@ from sim.loop import SimLoop
 from sim.network.network import SimNetwork
 from sim.network.wires import Path
 from sim.options import Options
+from sim.patches import NumericsNotes
+from sim.peer.drafts import Drafts
 from sim.peer.peer import SimPeer
 from sim.peer.process import PeerSpec, SimProcess
 from sim.peer.trust import SimTrustFiles
@@ -40,16 +42,19 @@ class World:
         self.rng_clients = random.Random(f"{seed}-clients")
         self.loop = SimLoop(random.Random(f"{seed}-threads"))
         self.meter = Meter()
+        self.drafts = Drafts(random.Random(f"{seed}-drafts"), options.guesses)
         self.names: dict[PeerId, str] = {}
         self.trace = Trace(self.loop.time, self.names, keep=keep, echo=echo)
         self.network = SimNetwork(self.loop, random.Random(f"{seed}-network"), self.trace)
         self.network.delivery.repeats = options.repeats
+        self.network.delivery.width = options.width
         self.cards = tuple(toy_card(6 + number, name=f"toy{number or ''}") for number in range(options.models))
         self.peers: dict[PeerId, SimPeer] = {}
         self.connections: list[Connection] = []
         self.health = PeerHealth(self.loop, self.trace, self.peers, self.cards)
         self.worst = 0.0, ""
         """The longest time that a client waited for a delta, and its client, time and event."""
+        self.numerics = NumericsNotes()
         self.checks = Checks(self)
         self.owner = OwnerKey.from_seed(hashlib.sha256(f"{seed}-owner".encode()).digest())
         self.first_key = ClusterKey.generate(random.Random(f"{seed}-key").randbytes, self.owner.hash)
@@ -68,7 +73,10 @@ class World:
             name=f"p{number}",
             memory_bytes=rng.choice([300, 400, 600]) * MIB,
             speed=Speed(token_layer_s=layer_s),
+            numerics=rng.randrange(self.options.numerics) if self.options.numerics > 1 else 0,
             trust=SimTrustFiles(self.first_key, RotationChain(self.owner.hash)),
+            drafts=self.drafts,
+            max_sessions=self.options.sessions,
         )
         peer = SimPeer(self.loop, self.network, random.Random(rng.random()), self.meter, spec, self.cards, self.checks)
         for other in self.peers:

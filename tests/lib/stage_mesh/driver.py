@@ -8,21 +8,24 @@ import msgspec
 import numpy as np
 
 from meshd.agents.session.plan.resume import ResumePoint, StageHeld, resume_points
-from meshd.kernels.sampler import needs_past_tokens
+from meshd.agents.stage.flow.session import StageState
+from meshd.kernels.sampling.sampler import needs_past_tokens
 from meshd.protocol.messages import (
+    Ack,
     Close,
     Closed,
-    Credit,
     ExpectCopy,
     HandOver,
     Message,
     Mirror,
     Open,
     Opened,
-    Prompt,
     Renew,
     Resume,
-    Token,
+    Step,
+    StepKind,
+    Steps,
+    Tokens,
 )
 from meshd.types import LayerRange, PeerId, Plan, PlanId, SamplingParams, SessionId, StagePlan
 from stage_mesh.mesh import MODEL, StageMesh, StagePeer
@@ -45,6 +48,7 @@ class Driver:
         self.credit = max_tokens
         self.chunk = 7
         self.lease_ms = 10_000
+        self.deadline_ms = 10_000
         self.plan: Plan | None = None
         self.opened: list[Opened] = []
         """The stages' replies to OPEN in the current epoch."""
@@ -59,10 +63,9 @@ class Driver:
         return len(self.prompt) + len(self.tokens)
 
     def _on_message(self, sender: PeerId, message: Message) -> None:
-        if isinstance(message, Token) and message.epoch == self.epoch:
+        if isinstance(message, Tokens) and (message.session, message.epoch) == (self.session, self.epoch):
             assert message.index <= len(self.tokens), "a token was lost"
-            if message.index == len(self.tokens):
-                self.tokens.append(message.token)
+            self.tokens += message.tokens[len(self.tokens) - message.index :]
         self._changed.set()
 
     async def until(self, condition: Callable[[], Any]) -> None:
@@ -79,6 +82,12 @@ class Driver:
     async def wait_tokens(self, tokens: int) -> None:
         """Wait until the answer has this many tokens."""
         await self.until(lambda: len(self.tokens) >= tokens)
+
+    async def held_back(self) -> None:
+        """Wait until the next step waits at the first stage, because the coordinator has no room for its token."""
+        assert self.plan is not None
+        machine = self.mesh.peers[self.plan.peers[0]].host._active[self.session, 0].machine
+        await self.until(lambda: machine.state is StageState.WAITING and machine.known_to == self.known)
 
     def plan_of(self, *stages: tuple[StagePeer, str]) -> Plan:
         planned = tuple(StagePlan(peer=peer.id, layers=LayerRange.parse(layers)) for peer, layers in stages)
@@ -97,6 +106,7 @@ class Driver:
             max_tokens=self.max_tokens,
             sampling=self.sampling,
             lease_ms=self.lease_ms,
+            deadline_ms=self.deadline_ms,
             credit=self.credit,
             answered=len(self.tokens),
             resume=resume,
@@ -123,18 +133,23 @@ class Driver:
 
     def resume(self) -> None:
         """Resume the opened stages from the KV that they hold, and send the known tokens."""
-        held = [StageHeld(opened.held, opened.mirrored, opened.kept_from, opened.kept_to) for opened in self.opened]
+        held = [
+            StageHeld(opened.held, opened.mirrored, opened.kept_from, opened.kept_to, opened.held_from) for opened in self.opened
+        ]
         self.resume_points = resume_points(held, self.known)
         for stage, point in enumerate(self.resume_points):
             self.send(stage, Resume, stage=stage, start=point.start, send_from=point.send_from)
         self.send_prompt(self.resume_points[0].start)
 
     def send_prompt(self, start: int = 0) -> None:
-        for position in range(start, self.known, self.chunk):
-            tokens = min(self.chunk, self.known - position)
-            payload = self.ids()[4 * position : 4 * (position + tokens)]
-            last = position + tokens == self.known
-            self.send(0, Prompt, payload, step=position, tokens=tokens, last=last)
+        tokens = self.known - start
+        self.send_step(0, self.ids(start), start=start, tokens=tokens, kind=StepKind.PREFILL, sample=1, committed=self.known)
+
+    def send_step(self, to: int, payload: memoryview | bytes, **fields: Any) -> None:
+        """Send one step to a stage."""
+        assert self.plan is not None
+        fields = {"session": self.session, "epoch": self.epoch, "stage": to, "seq": 0, "size": len(payload), **fields}
+        self.at.links.send(self.plan.stages[to].peer, Steps(steps=(Step(**fields),)), payload)
 
     async def begin(self, *stages: tuple[StagePeer, str]) -> None:
         """Run a first epoch: open the stages and send the prompt."""
@@ -148,7 +163,11 @@ class Driver:
 
     def grant(self, credit: int) -> None:
         self.credit = credit
-        self.send(0, Credit, index=credit)
+        assert self.plan is not None
+        count = len(self.plan.stages)
+        ends = {self.plan.stages[stage].peer: stage for stage in (0, count - 1)}
+        for stage in ends.values():
+            self.send(stage, Ack, stage=count, next_seq=len(self.tokens), credit=credit)
 
     async def mirror(self, stage: int, target: StagePeer | None, *, eager: bool = False) -> None:
         """Have a stage's KV copied to `target`. Raises: RemoteFailure if the target refuses the copy."""

@@ -12,17 +12,21 @@ from meshd.agents.observe.spans import Spans
 from meshd.agents.observe.story import Story
 from meshd.agents.observe.stream import EventStream
 from meshd.agents.observe.work import WorkMeter
+from meshd.agents.placement.ready.stages import SharedStages
 from meshd.agents.placement.resident import LoadState, ResidentLayers, ResidentModels
+from meshd.agents.stage.batch.learning import StepLearning
 from meshd.agents.stage.host import StageHost
-from meshd.agents.stage.learning import StepLearning
 from meshd.clock import SystemClock
 from meshd.errors import Overloaded, PeerLost
 from meshd.kernels.backend import LoadedLayers
-from meshd.kernels.kv import KVPool
+from meshd.kernels.kv.arena import HostArena
+from meshd.kernels.kv.share import KvShare
 from meshd.protocol.codec import decode, encode
-from meshd.protocol.messages import Closed, Error, Failed, HandedOver, HandOver, Lane, Message, Mirrored, Token
+from meshd.protocol.messages import Ack, Closed, Error, Failed, HandedOver, HandOver, Lane, Message, Mirrored, Tokens
 from meshd.telemetry import Telemetry
 from meshd.types import LayerRange, ModelCard, ModelId, ModelSpec, PeerId, Rates
+from opaque.arena import OpaqueArena
+from opaque.stage import OpaqueLoaded
 
 MODEL = ModelId("fe" * 16)
 POOL_BLOCKS = 24
@@ -102,13 +106,20 @@ class StagePeer:
         return self.residents.entries[0]
 
     @property
-    def pool(self) -> KVPool:
-        assert self.resident.pool is not None
-        return self.resident.pool
+    def share(self) -> KvShare:
+        assert self.resident.kv is not None
+        return self.resident.kv
+
+    @property
+    def blocks_used(self) -> int:
+        """KV in use, in blocks of 32 tokens of all layers of the share."""
+        return -(-self.share.leased_bytes * self.share.tokens // (32 * self.share.bytes))
 
     def on_message(self, sender: PeerId, message: Message, payload: memoryview) -> None:
-        if isinstance(message, Token):
-            self.host.on_token(sender, message, payload)
+        if isinstance(message, Tokens):
+            self.host.on_tokens(sender, message, payload)
+        if isinstance(message, Ack):
+            self.host.on_ack(sender, message)
         if isinstance(message, Error) and message.session is not None:
             self.host.on_error(sender, message)
         self.inbox.append(message)
@@ -149,7 +160,8 @@ class StageMesh:
         for task in self._running:
             task.cancel()
         for peer in self.peers.values():
-            peer.links.dispatcher.cancel_tasks()
+            if isinstance(peer.links, MemoryLinks):
+                peer.links.dispatcher.cancel_tasks()
         await self._tasks.__aexit__(*error)
         for peer in self.peers.values():
             peer.compute.close()
@@ -157,19 +169,33 @@ class StageMesh:
     def linked(self, one: PeerId, other: PeerId) -> bool:
         return one == other or frozenset((one, other)) not in self.down
 
-    def start(self, name: str, layers: str = "0-4", *, blocks: int = POOL_BLOCKS, outputs: int = 1 << 20) -> StagePeer:
-        """Start a peer that has `layers` in memory, `blocks` KV blocks, and a budget of `outputs` bytes for kept outputs."""
-        links = MemoryLinks(PeerId(name * 52), self)
+    def start(
+        self,
+        name: str,
+        layers: str = "0-4",
+        *,
+        blocks: int = POOL_BLOCKS,
+        outputs: int = 1 << 20,
+        spare: int = 1 << 20,
+        links: Any = None,
+    ) -> StagePeer:
+        """Start a peer that has `layers` in memory, `blocks` KV blocks, `outputs` bytes for kept outputs, and `spare` bytes.
+
+        links: real ones, which run already. None: links through memory.
+        """
+        if links is None:
+            links = MemoryLinks(PeerId(name * 52), self)
+            links.dispatcher.group = self._tasks
         parsed, compute = LayerRange.parse(layers), ComputeThread()
-        pool = KVPool(self.spec, parsed, blocks)
-        resident = ResidentLayers(
-            card_of(self.spec), parsed, blocks * 32, 0, LoadState.ACTIVE, 1.0, weights=self.weights, pool=pool
-        )
-        residents = ResidentModels([resident])
+        arena = OpaqueArena(1 << 30) if isinstance(self.weights, OpaqueLoaded) else HostArena(1 << 30)
+        share = KvShare(arena, MODEL, self.spec, parsed, blocks * 32)
+        resident = ResidentLayers(card_of(self.spec), parsed, blocks * 32, 0, LoadState.ACTIVE, 1.0, weights=self.weights, kv=share)
+        residents = ResidentModels(arena, [resident])
         host = StageHost(
             me=links.id,
-            links=links,  # type: ignore[arg-type]
+            links=links,
             residents=residents,
+            shared_stages=SharedStages(residents, lambda: spare - resident.stages.border_bytes, lambda: None),
             learning=StepLearning(links.id, RATES, self.clock),
             compute=compute,
             clock=self.clock,
@@ -177,16 +203,17 @@ class StageMesh:
             story=Story(self.clock),
             spans=Spans(),
             work=WorkMeter(EventStream(links.id, name, self.clock), self.clock),
+            spec_of=lambda model: self.spec if model == MODEL else None,
+            spare_bytes=lambda: spare,
             outputs_limit_bytes=outputs,
             may_coordinate=lambda peer, session: self.linked(links.id, peer) and not (peer == links.id and peer in self.idle),
             on_change=lambda: None,
         )
         peer = StagePeer(links, residents, compute, host)
         host.register()
-        for kind in (Token, Failed, Mirrored, Closed, Error):
+        for kind in (Tokens, Ack, Failed, Mirrored, Closed, Error):
             links.register(kind, peer.on_message)
         links.register(HandOver, peer.on_hand_over)
-        links.dispatcher.group = self._tasks
         self.peers[links.id] = peer
         self._running.append(self._tasks.create_task(host.run()))
         return peer

@@ -7,8 +7,9 @@ import numpy as np
 import numpy.typing as npt
 
 from meshd.kernels.backend import Segment, Stage
-from meshd.kernels.kv import BlockTable, KVPool
+from meshd.kernels.kv.lease import HostLease
 from meshd.types import ModelSpec
+from tiny.kv import make_lease
 
 F32 = npt.NDArray[np.float32]
 CAPACITY = 256
@@ -16,23 +17,21 @@ CAPACITY = 256
 
 @dataclass
 class Chain:
-    """Consecutive stages, each with its own KV pool."""
+    """Consecutive stages, each with its own KV."""
 
     stages: Sequence[Stage]
-    pools: list[KVPool]
-    tables: list[BlockTable]
+    leases: list[HostLease]
 
     @classmethod
     def of(cls, spec: ModelSpec, stages: Sequence[Stage]) -> "Chain":
-        pools = [KVPool(spec, stage.layers, blocks=2 * CAPACITY // 32) for stage in stages]
-        return cls(stages, pools, [pool.allocate(CAPACITY) for pool in pools])
+        return cls(stages, [make_lease(spec, stage.layers, CAPACITY) for stage in stages])
 
     def step(self, ids: Sequence[int], start: int) -> F32:
         """Compute one step. Each stage gets read-only bytes, as from the network. Returns: hidden states after the last layer."""
         hidden = self.stages[0].embed(np.asarray(ids, np.int32))
-        for stage, pool, table in zip(self.stages, self.pools, self.tables, strict=True):
+        for stage, lease in zip(self.stages, self.leases, strict=True):
             received = np.frombuffer(hidden.tobytes(), np.float32).reshape(hidden.shape)
-            hidden = stage.forward(received, [Segment(table, start, len(ids))], pool)
+            hidden = stage.forward(received, [Segment(lease, start, len(ids))])
         return hidden
 
     def run(self, ids: Sequence[int], chunks: Sequence[int]) -> F32:

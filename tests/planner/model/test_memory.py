@@ -3,16 +3,19 @@ import numpy as np
 import pytest
 
 from in_process.clusters import make_card, make_holding, make_peer, make_problem
+from meshd.errors import DoesNotFit
 from meshd.planner.model.memory import (
     RESERVE,
     RUNTIME_BASE_BYTES,
     allowed_bytes,
     capacity_bytes,
     memory_table,
+    memory_tables,
     missing_bytes,
     shard_kv_bytes,
     stage_memory,
 )
+from meshd.planner.search.solve import solve
 from meshd.types import AttentionShard, LayerRange, StagePlan
 
 
@@ -24,13 +27,45 @@ def stage(start: int, end: int, *attention: AttentionShard) -> StagePlan:
 def test_the_table_agrees_with_single_stages(tied: bool) -> None:
     card = make_card(6, layer_bytes=[100, 2000, 30, 4000, 50, 600], tied=tied)
     problem = make_problem(make_peer("a"), card=card, context=77)
-    table = memory_table(problem)
+    table = memory_table(problem, problem.profiles[0])
     for start in range(7):
         for end in range(7):
             if start < end:
                 assert table[start, end] == stage_memory(problem, stage(start, end)).total_bytes
             else:
                 assert np.isinf(table[start, end])
+
+
+BITS = {"Q4_0": 4.5, "Q8_0": 8.5, "F32": 32.0}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_table_of_each_peer_is_that_of_its_backend(tied: bool) -> None:
+    weights = {"Q4_0": (1600, 3200, 0, 800), "Q8_0": (0, 0, 1600, 320), "F32": (7, 7, 7, 7)}
+    card = msgspec.structs.replace(
+        make_card(4, tied=tied), layer_weights=weights, head_weights={"Q8_0": 48_000_000}, embedding_bytes=17_000_000
+    )
+    small, large = make_peer("a", weight_bits=BITS), make_peer("b", weight_bits={**BITS, "Q4_0": 7.0})
+    unknown = make_peer("c", weight_bits={"Q8_0": 8.5, "F32": 32.0})
+    problem = make_problem(small, large, unknown, card=card, context=77)
+    tables = memory_tables(problem, problem.profiles)
+    for place, peer in enumerate(problem.profiles):
+        for start in range(4):
+            for end in range(start + 1, 5):
+                whole = stage_memory(problem, StagePlan(peer=peer.id, layers=LayerRange(start, end))).total_bytes
+                assert tables[place, start, end] == whole
+    assert tables[1, 0, 2] - tables[0, 0, 2] == 4800 * 2.5 / 8
+    assert tables[1, 2, 3] == tables[0, 2, 3]
+    assert tables[2, 1, 2] - tables[0, 1, 2] == 3200 * (32 - 4.5) / 8
+
+
+def test_a_peer_whose_backend_needs_less_memory_gets_the_layers_that_fit_only_there() -> None:
+    card = msgspec.structs.replace(make_card(10), layer_weights={"Q4_0": (40_000_000,) * 10})
+    peers = [make_peer(name, memory=500 << 20, weight_bits={"Q4_0": bits}) for name, bits in (("a", 4.5), ("b", 14.0))]
+    problem = make_problem(*peers, card=card, context=64)
+    assert [stage.peer for stage in solve(problem).stages] == [peers[0].id]
+    with pytest.raises(DoesNotFit):
+        solve(make_problem(peers[1], card=card, context=64))
 
 
 def test_embedding_and_head_are_at_the_ends_only() -> None:

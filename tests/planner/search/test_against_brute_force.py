@@ -5,6 +5,7 @@ The oracle shares no arithmetic with the planner: it computes bytes and seconds 
 
 import math
 import random
+from collections import Counter
 from collections.abc import Iterator
 from itertools import combinations, permutations
 
@@ -12,7 +13,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from in_process.clusters import random_problem
+from in_process.clusters import OTHER, PROMISED, UNPROMISED, random_problem
 from meshd.errors import DoesNotFit, NoPeer, NotReady, Overloaded
 from meshd.planner.problem import PlanInput
 from meshd.planner.profile import PeerProfile
@@ -157,6 +158,25 @@ class Oracle:
         )
 
 
+def chosen_value(problem: PlanInput, objective: Objective) -> float:
+    """Return the value of the plan that the rule chooses: the best on promised numerics, else on one id, else of all plans.
+
+    Each of them gives way to the next only if that is lower by 25 %.
+    """
+    change = msgspec.structs.replace
+    allowed = [peer for peer in problem.profiles if problem.peers is None or peer.id in problem.peers]
+    groups = {peer.numerics: tuple(other.id for other in allowed if other.numerics == peer.numerics) for peer in allowed}
+    best = {numerics: Oracle(change(problem, peers=group)).best(objective) for numerics, group in groups.items()}
+    promised = min((value for numerics, value in best.items() if not numerics.endswith("/varies")), default=np.inf)
+    one = min(best.values(), default=np.inf)
+    anyhow = Oracle(problem).best(objective)
+    chosen = promised
+    for value in (one, anyhow):
+        if value <= 0.75 * chosen:
+            chosen = value
+    return chosen
+
+
 def answer(problem: PlanInput) -> Solution | None:
     """Return the solver's solution, or None if it finds none."""
     try:
@@ -183,6 +203,25 @@ def test_every_objective_is_optimal_on_random_clusters(part: int) -> None:
                 feasible += 1
     assert len(seeds) * 4 == CLUSTERS
     assert len(seeds) * len(Objective) * 0.2 < feasible < len(seeds) * len(Objective) * 0.95
+
+
+def test_plans_on_one_numerics_are_preferred_as_far_as_the_threshold_says() -> None:
+    ids = (PROMISED, OTHER, UNPROMISED)
+    counts: Counter[str] = Counter()
+    for seed in range(250):
+        rng = random.Random(seed)
+        problem = random_problem(rng, rng.randint(2, MOST_PEERS), rng.randint(4, 6))
+        profiles = tuple(msgspec.structs.replace(profile, numerics=rng.choice(ids)) for profile in problem.profiles)
+        problem = msgspec.structs.replace(problem, profiles=profiles, objective=rng.choice(list(Objective)))
+        expected = chosen_value(problem, problem.objective)
+        found = answer(problem)
+        assert (found is not None) == np.isfinite(expected), seed
+        if found is not None:
+            assert found.value == pytest.approx(expected, rel=1e-9), seed
+            assert found.numerics == tuple(problem.profile(peer).numerics for peer in found.peers)
+            counts["mixed" if len(set(found.numerics)) > 1 else "one"] += 1
+            counts["faster mixed"] += found.value > Oracle(problem).best(problem.objective) * (1 + 1e-9)
+    assert min(counts.values()) > 15, counts
 
 
 def missing(problem: PlanInput) -> int | None:

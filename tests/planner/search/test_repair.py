@@ -83,7 +83,9 @@ def test_idle_holdings_are_not_unloaded() -> None:
 
 def test_the_error_names_the_layers_and_the_missing_bytes() -> None:
     problem = make_problem(make_peer("a", memory=10 << 20), make_peer("b", memory=50 << 20))
-    with pytest.raises(DoesNotFit, match=r"layers 10-20 of tiny fit nowhere: .* KV for 512 tokens.* 45.0 MiB \(b\)") as caught:
+    with pytest.raises(
+        DoesNotFit, match=r"layers 10-20 of tiny fit nowhere: .* KV for 512 tokens on b, which may take 45"
+    ) as caught:
         repair(problem, MISSING, kv_tokens=512)
     assert caught.value.missing_bytes == pytest.approx(NEEDED + 512 * 10 * 1536 - 0.9 * (50 << 20), rel=0.1)
     assert repair(make_problem(make_peer("b", memory=50 << 20 | caught.value.missing_bytes * 2)), MISSING, kv_tokens=512)

@@ -16,17 +16,17 @@ import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding
 
+from meshd.numerics import NumericsId
 from meshd.protocol.cluster_key import ClusterKey, peer_id
 from meshd.protocol.codec import encode
 from meshd.protocol.framing import frame_head
 from meshd.protocol.messages import (
     PROTOCOL_VERSION,
-    Activation,
+    Ack,
     CheckReach,
     Close,
     Closed,
     CopyExpected,
-    Credit,
     DialAttempt,
     Drain,
     Drained,
@@ -77,8 +77,8 @@ from meshd.protocol.messages import (
     ProbeAck,
     ProfileData,
     ProgressData,
-    Prompt,
     ReachChecked,
+    Received,
     Renew,
     Resume,
     Rotation,
@@ -87,9 +87,11 @@ from meshd.protocol.messages import (
     SessionEnded,
     SessionFound,
     StageProgress,
+    Step,
+    StepKind,
+    Steps,
     StoryData,
-    Taken,
-    Token,
+    Tokens,
     TraceData,
     Unplace,
     Unplaced,
@@ -122,7 +124,7 @@ from meshd.types import (
 )
 
 ALICE, BOB = PeerId("a" * 52), PeerId("b" * 52)
-SESSION = SessionId("0123456789abcdef" * 2)
+SESSION, OTHER_SESSION = SessionId("0123456789abcdef" * 2), SessionId("f0e1d2c3b4a59687" * 2)
 RUNNING = RunningStep(session=SESSION, epoch=2, stage=1, step=5, tokens=1, running_s=0.25, predicted_s=0.125)
 MODEL = ModelId("fedcba9876543210" * 2)
 SPEC = ModelSpec(
@@ -152,6 +154,8 @@ CARD = ModelCard(
     head_parameters=64,
     end_of_sequence=(2,),
     created=1_700_000_000,
+    layer_weights={"F32": (0, 16), "Q4_1": (192, 176)},
+    head_weights={"F32": 64},
 )
 RATES = Rates(
     decode_bytes_s=1e10,
@@ -161,13 +165,16 @@ RATES = Rates(
     disk_bytes_s=1e9,
     layer_overhead_s=2e-5,
 )
+NUMERICS = NumericsId("onnxruntime/int8/512/0123456789abcdef")
 CAPABILITY = Capability(
-    backend="torch",
+    backend="onnxruntime",
+    numerics=NUMERICS,
     processor="x86_64",
     threads=4,
     memory_total_bytes=8 << 30,
     memory_free_bytes=6 << 30,
     rates=RATES,
+    weight_bits={"F32": 32.0, "Q4_1": 8.125},
 )
 PLAN = Plan(
     id=PlanId("p1"),
@@ -184,6 +191,7 @@ PLAN = Plan(
     context=64,
     predicted_ttft_s=0.25,
     predicted_tpot_s=0.0625,
+    numerics=(NUMERICS, NumericsId("torch/f32/512/fedcba9876543210/varies")),
 )
 PROFILE = Profile(capability=CAPABILITY, models=(CARD,), api="127.0.0.1:6374")
 STATUS = Status(
@@ -199,7 +207,7 @@ STATUS = Status(
 SAMPLES: tuple[tuple[Message, bytes], ...] = (
     (
         Hello(
-            version=(1, 0),
+            version=PROTOCOL_VERSION,
             features=("f32",),
             software="meshd/0.1.0",
             peer=ALICE,
@@ -210,21 +218,28 @@ SAMPLES: tuple[tuple[Message, bytes], ...] = (
             max_header=65536,
             max_payload=16777216,
             port=6375,
+            history=0x0123456789ABCDEE,
+            lost=0x0123456789ABCDEE,
+            received=(1200, 34),
         ),
         b"",
     ),
     (Error(request=9, code="does_not_fit", message="no room", hint="free memory", session=SESSION), b""),
-    (Heartbeat(sequence=1, sent_ns=123_456_789_012), b""),
+    (Heartbeat(sequence=1, sent_ns=123_456_789_012, received=(1234, 56)), b""),
     (HeartbeatAck(sequence=1, sent_ns=123_456_789_012, clock_ns=987_654_321_098), b""),
     (Goodbye(reason="this peer stops"), b""),
     (Probe(request=3), bytes(range(16))),
     (ProbeAck(request=3), b""),
+    (Received(received=(1298, 57)), b""),
     (FetchHeader(request=4, model=MODEL), b""),
     (HeaderData(request=4, card=CARD), b"GGUF\x03\x00\x00\x00"),
     (PeerStatus(status=STATUS), b""),
     (FetchProfile(request=11), b""),
     (ProfileData(request=11), msgspec.msgpack.encode(PROFILE)),
-    (Place(request=5, model=MODEL, ref=CARD.ref, layers=LayerRange(0, 1), kv_tokens=64, deadline_ms=60_000), b""),
+    (
+        Place(request=5, model=MODEL, ref=CARD.ref, layers=LayerRange(0, 1), kv_tokens=64, deadline_ms=60_000, numerics=NUMERICS),
+        b"",
+    ),
     (Placed(request=5, layers=LayerRange(0, 1), kv_tokens=64), b""),
     (Unplace(request=6, model=MODEL), b""),
     (Unplaced(request=6, freed_bytes=120), b""),
@@ -239,6 +254,7 @@ SAMPLES: tuple[tuple[Message, bytes], ...] = (
             prompt_tokens=5,
             max_tokens=8,
             sampling=SamplingParams(temperature=0.5, seed=42, logit_bias={3: -1.5}, logprobs=2),
+            deadline_ms=30000,
             lease_ms=15_000,
             credit=8,
             answered=1,
@@ -247,40 +263,54 @@ SAMPLES: tuple[tuple[Message, bytes], ...] = (
         b"",
     ),
     (Opened(request=8, session=SESSION, epoch=2, blocks=2, held=5, mirrored=True, kept_from=1, kept_to=5), b""),
-    (Prompt(session=SESSION, epoch=1, step=0, tokens=2, last=True), b"\x01\x00\x00\x00\x07\x00\x00\x00"),
     (
-        Activation(
-            session=SESSION,
-            epoch=1,
-            step=0,
-            stage=1,
-            tokens=1,
-            hidden=4,
-            dtype="f32",
-            sample=True,
-            prefill=True,
+        Steps(
+            steps=(
+                Step(
+                    session=SESSION,
+                    epoch=1,
+                    stage=1,
+                    seq=3,
+                    start=5,
+                    tokens=1,
+                    kind=StepKind.DECODE,
+                    sample=1,
+                    committed=6,
+                    size=16,
+                ),
+                Step(
+                    session=OTHER_SESSION,
+                    epoch=2,
+                    stage=1,
+                    seq=7,
+                    start=9,
+                    tokens=2,
+                    kind=StepKind.VERIFY,
+                    sample=2,
+                    committed=10,
+                    size=32,
+                    ids=(11, 3),
+                ),
+            )
         ),
-        b"\x00\x00\x80\x3f\x00\x00\x00\x40\x00\x00\x40\x40\x00\x00\x80\xc0",
+        b"\x00\x00\x80\x3f\x00\x00\x00\x40\x00\x00\x40\x40\x00\x00\x80\xc0" * 3,
     ),
+    (Ack(session=SESSION, epoch=1, stage=1, next_seq=3, credit=7), b""),
     (
-        Token(
+        Tokens(
             session=SESSION,
             epoch=1,
-            step=0,
-            index=0,
-            token=11,
-            logprobs=TokenLogprobs(-0.25, ((11, -0.25), (3, -1.75))),
-            final=True,
+            index=4,
+            tokens=(3, 11),
+            logprobs=(TokenLogprobs(-0.5, ((3, -0.5),)), TokenLogprobs(-0.25, ((11, -0.25), (3, -1.75)))),
             finish="stop",
         ),
         b"",
     ),
-    (Credit(session=SESSION, epoch=1, index=16), b""),
     (Renew(session=SESSION, epoch=1, lease_ms=15_000), b""),
     (Failed(session=SESSION, epoch=1, step=3, stage=1, code="out_of_memory", message="no block is free", blame=BOB), b""),
     (Close(session=SESSION, epoch=1, reason="done"), b""),
     (Closed(session=SESSION, epoch=1, freed_blocks=2), b""),
-    (Taken(session=SESSION, epoch=1, step=0, stage=1), b""),
     (Resume(session=SESSION, epoch=2, stage=1, start=4, send_from=5), b""),
     (HandOver(request=20, session=SESSION, to=BOB), b""),
     (HandedOver(request=20, known=True), b""),
@@ -422,6 +452,7 @@ def keep() -> None:
         }
         lines.append(json.dumps(described, ensure_ascii=False))
     version = ".".join(map(str, PROTOCOL_VERSION))
+    (folder / "earlier").mkdir(exist_ok=True)
     (folder / "earlier" / f"{version}.json").write_text("[\n" + ",\n".join(lines) + "\n]\n")
 
 

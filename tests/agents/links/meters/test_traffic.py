@@ -1,16 +1,15 @@
 """The bytes of links: by what they carry, and of links that have ended."""
 
+from in_process.frames import one_step
 from meshd.agents.links.meters.traffic import MAX_PEERS, Traffic
-from meshd.protocol.messages import Activation, PeerEvents
+from meshd.protocol.messages import PeerEvents
 from meshd.types import PeerId
-
-STEP = Activation(session="5e" * 16, epoch=1, step=1, stage=1, tokens=1, hidden=1, dtype="f32", sample=False)
 
 
 def test_payloads_are_counted_by_what_they_carry() -> None:
     traffic = Traffic()
-    traffic.count_sent(STEP, 100)
-    traffic.count_sent(STEP, 20)
+    traffic.count_sent(one_step(1), 100)
+    traffic.count_sent(one_step(1), 20)
     traffic.count_received(PeerEvents(lost=0), 7)
     assert (traffic.sent["activations"], traffic.sent["events"]) == (120, 0)
     assert (traffic.received["activations"], traffic.received["events"]) == (0, 7)

@@ -10,7 +10,7 @@ import aiomqtt
 import pytest
 
 from in_process.peers import until
-from meshd.agents.membership.fleet.broker import Broker, BrokerSettings
+from meshd.agents.membership.fleet.broker import Broker, BrokerSettings, _BoundedClient
 from meshd.agents.membership.fleet.topics import PACKET_BYTES
 from meshd.clock import SystemClock
 from meshd.errors import PeerLost
@@ -186,3 +186,21 @@ def make_certificate(folder: Path) -> tuple[Path, Path]:
     pem = private.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     key.write_bytes(pem)
     return certificate, key
+
+
+@pytest.mark.parametrize("rounds", range(4))
+async def test_a_cancellation_that_comes_with_an_acknowledgement_is_not_lost(rounds: int) -> None:
+    """Without this, a peer that stops in the moment in which the broker takes a message of it never stops."""
+    client = _BoundedClient(lambda topic, payload: None, "localhost")
+    came = asyncio.Event()
+    waiting = asyncio.create_task(client._wait_for(came.wait(), 5.0))
+    await asyncio.sleep(0.01)
+    came.set()
+    for _ in range(rounds):
+        await asyncio.sleep(0)
+    waiting.cancel()
+    if rounds < 3:
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+    else:
+        await waiting  # it had ended before

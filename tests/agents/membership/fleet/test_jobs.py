@@ -253,21 +253,22 @@ async def started(site: Site, device: MqttDevice) -> str:
 
 async def test_a_running_job_ends_when_its_key_is_revoked(site: Site) -> None:
     device, other = site.device(), site.device("window")
-    await started(site, device)
-    await started(site, other)
+    job, its = await started(site, device), await started(site, other)
     del site.keys.devices[device.serial]
     await site.coordinator.until(lambda here: here.running == 1)
     async with asyncio.timeout(10):
         while len(site.server) != 1:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
+    assert "end" not in site.chunks(device, job)[-1]
+    assert "end" not in site.chunks(other, its)[-1]
 
 
 async def test_a_new_cluster_key_ends_the_keys_of_devices_and_their_jobs(site: Site, rotated: Identity) -> None:
     """An excluded member could derive the key of every device from the old cluster key."""
     device = site.device()
-    await started(site, device)
+    begun = await started(site, device)
     late = site.request(device, "ab" * 16, **ASK)
-    site.identity = rotated
+    old, site.identity = site.identity, rotated
     site.send(device, "ab" * 16, late)
     assert site.server.refused == {"unknown device": 1}
     await site.coordinator.until(lambda here: here.running == 0)
@@ -276,3 +277,5 @@ async def test_a_new_cluster_key_ends_the_keys_of_devices_and_their_jobs(site: S
     job = site.ask(fresh)
     await site.finished()
     assert site.chunks(fresh, job)[-1]["end"] == "length"
+    site.identity = old
+    assert "end" not in site.chunks(device, begun)[-1]

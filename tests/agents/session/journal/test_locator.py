@@ -232,6 +232,6 @@ async def test_a_peer_without_the_record_cannot_pretend_to_have_it(keepers: Keep
         assert (await c.locator.fetch(SECRET, take=False)).coordinator == peer_id("x")
         known = b.deputy.record(S)
         assert known is not None
-        assert not await c.locator.coordinated_elsewhere(known)
+        assert await c.locator.other_coordinator(known) is None
         assert await b.locator.should_take_over(S, peer_id("x"))
         assert a.orphans == []

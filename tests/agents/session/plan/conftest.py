@@ -10,5 +10,5 @@ from in_process.peers import Peers
 async def site(peers: Peers) -> AnswerSite:
     site = AnswerSite(peers.start("a"))
     await site.open(10)
-    site.answer.token_arrived(site.token(0, 7))
+    site.answer.tokens_arrived(site.tokens(0, 7))
     return site

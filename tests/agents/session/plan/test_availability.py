@@ -12,7 +12,7 @@ from meshd.agents.session.plan import availability
 from meshd.agents.session.plan.availability import Availability
 from meshd.types import Advert, ModelCard, ModelId
 
-HUGE = msgspec.structs.replace(CARD, id=ModelId("huge"), name="huge", layer_bytes=(1 << 40,) * 30, layer_memory_bytes=())
+HUGE = msgspec.structs.replace(CARD, id=ModelId("huge"), name="huge", layer_bytes=(1 << 40,) * 30, layer_weights={})
 """A model that no device here has memory for."""
 
 

@@ -27,10 +27,11 @@ A, B, C, D = (PeerId(name) for name in "abcd")
 def situations(draw: st.DrawFn, longest: int = 40) -> tuple[list[StageHeld], int]:
     known = draw(st.integers(1, longest))
     position = st.integers(0, known + 2)  # a stage may have computed tokens that have not reached the coordinator
-    held = [
-        StageHeld(draw(position), draw(st.booleans()), *sorted((draw(position), draw(position))))
-        for _ in range(draw(st.integers(1, 5)))
-    ]
+    held = []
+    for _ in range(draw(st.integers(1, 5))):
+        held_from, last = sorted((draw(position), draw(position)))
+        held_from *= draw(st.booleans())
+        held.append(StageHeld(last, draw(st.booleans()), *sorted((draw(position), draw(position))), held_from))
     return held, known
 
 
@@ -54,12 +55,17 @@ def test_every_stage_gets_each_input_once_from_its_start_to_the_end(situation: t
     assert sent(held[-1], points[-1], known) == [known - 1]
 
 
+def startable(stage: StageHeld, known: int) -> list[int]:
+    """The positions at which a stage can start."""
+    return [0, *range(max(1, stage.held_from), min(stage.held, known - 1) + 1)]
+
+
 @settings(max_examples=500, deadline=None)
 @given(situations())
 def test_no_stage_starts_past_its_kv_and_all_compute_the_last_token(situation: tuple[list[StageHeld], int]) -> None:
     held, known = situation
     for stage, point in zip(held, resume_points(held, known), strict=True):
-        assert 0 <= point.start <= min(stage.held, known - 1)
+        assert point.start in startable(stage, known)
 
 
 @settings(max_examples=200, deadline=None)
@@ -67,7 +73,7 @@ def test_no_stage_starts_past_its_kv_and_all_compute_the_last_token(situation: t
 def test_no_other_possible_choice_starts_any_stage_later(situation: tuple[list[StageHeld], int]) -> None:
     held, known = situation
     chosen = [point.start for point in resume_points(held, known)]
-    for starts in product(*(range(min(stage.held, known - 1) + 1) for stage in held)):
+    for starts in product(*(startable(stage, known) for stage in held)):
         sends_from = [*starts[1:], known - 1]
         points = [ResumePoint(start, send_from) for start, send_from in zip(starts, sends_from, strict=True)]
         if all(sent(stage, point, known) is not None for stage, point in zip(held, points, strict=True)):

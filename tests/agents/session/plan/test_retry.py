@@ -25,7 +25,7 @@ NOTHING = cast("Any", None)
 def retrier_of(site: AnswerSite, cluster: Cluster | None = None, **fields: Any) -> PlanRetrier:
     """Make a retrier that plans over an invented cluster. Its peers can't be reached, so the stages of its plans never open."""
     router = NOTHING if cluster is None else cluster.router
-    given: dict[str, Any] = {"mirror": False, "take": NOTHING, "coordinated_elsewhere": NOTHING}
+    given: dict[str, Any] = {"mirror": False, "take": NOTHING, "other_coordinator": NOTHING}
     return PlanRetrier(site.peer.links, router, list, site.clock, **given | fields)
 
 
@@ -138,14 +138,13 @@ async def superseded(site: AnswerSite, retrier: PlanRetrier) -> None:
     await site.clock.move(1.0)
 
 
-async def yes(record: SessionRecord) -> bool:
-    return True
+async def other(record: SessionRecord) -> PeerId | None:
+    return PeerId("other")
 
 
-async def test_an_answer_without_readers_is_left_to_the_other_coordinator(site: AnswerSite) -> None:
-    await superseded(site, retrier_of(site, coordinated_elsewhere=yes))
-    assert site.answer.machine.released
-    assert site.answer.status == "suspended"
+async def test_an_answer_without_readers_is_handed_over_to_the_other_coordinator(site: AnswerSite) -> None:
+    await superseded(site, retrier_of(site, other_coordinator=other))
+    assert site.events[-1] == "superseded by other"
     assert site.got(Close) == []
 
 
@@ -158,7 +157,7 @@ async def test_an_answer_with_a_reader_is_taken_back_without_the_tokens_of_the_o
     async with aclosing(site.answer.events()) as events:
         await anext(events)
         cluster = Cluster(make_peer("x", holdings=FREE))
-        await superseded(site, retrier_of(site, cluster, take=take, coordinated_elsewhere=yes))
+        await superseded(site, retrier_of(site, cluster, take=take, other_coordinator=other))
         assert site.answer.machine.tokens == [7], "only the stages of its own plan give it tokens"
         assert record.coordinator in site.answer.snapshot().coordinators
         assert site.answer.machine.epoch == 7 + TAKEOVER_EPOCHS + 1

@@ -98,7 +98,7 @@ async def test_the_predicted_time_to_first_token_includes_the_opening_of_the_sta
         plan = await Cluster(*peers, hop_s=hop_s).router.plan_for(CARD, NO_OPTIONS, prompt_tokens=10, max_tokens=10)
         return plan.predicted_ttft_s
 
-    # OPEN, OPENED and PROMPT, the activations of the prompt, and the token; one round trip more, since TCP's first window is full
+    # OPEN, OPENED, the prompt's tokens and activations, and the answer's token; one more round trip, as TCP's first window is full
     assert await predicted_s(0.1) - await predicted_s(0.0001) == pytest.approx(5 * 0.0999 + 0.2, abs=0.05)
 
 

@@ -41,7 +41,8 @@ async def test_when_the_layers_fit_nowhere_the_error_names_them_and_the_missing_
     cluster = three_peers(make_peer("d", memory=25 << 20))
     fill_memory(cluster, "a", "c")
     lost = cluster.lose("b")
-    with pytest.raises(DoesNotFit, match=r"layers 10-20 of tiny fit nowhere: they need [\d.]+ MiB .* \(d\) \(lost: b\)") as caught:
+    missing = r"layers 10-20 of tiny fit nowhere: they need [\d.]+ MiB .* on d, .* \(lost: b\)"
+    with pytest.raises(DoesNotFit, match=missing) as caught:
         await recover(cluster, recovery_request("a:0-10,b:10-20,c:20-30", lost))
     assert 10 << 20 < caught.value.missing_bytes < 200 << 20
     assert caught.value.hint
@@ -81,6 +82,21 @@ async def test_requests_share_a_slow_load_and_report_its_progress(monkeypatch: p
     found = await recover(cluster, request)
     assert text_of(found.plan) == "a:0-10,d:10-20,c:20-30"
     assert len(cluster.asked) == 1
+    await cluster.router.close()
+
+
+async def test_a_slow_load_is_not_waited_for_when_the_lost_peer_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(routing, "_LOOK_AGAIN_S", 0.02)
+    cluster = three_peers(make_peer("d", decode_gb_s=100.0))
+    cluster.load_s = 30.0
+    before = dict(cluster.adverts)
+    request = recovery_request("a:0-10,b:10-20,c:20-30", cluster.lose("b"))
+    task = asyncio.ensure_future(recover(cluster, request))
+    await asyncio.sleep(0.1)
+    assert len(cluster.asked) == 1
+    assert not task.done()
+    cluster.adverts.update(before)
+    assert text_of((await asyncio.wait_for(task, 5.0)).plan) == "a:0-10,b:10-20,c:20-30"
     await cluster.router.close()
 
 

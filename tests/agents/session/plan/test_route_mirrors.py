@@ -8,7 +8,7 @@ import pytest
 from in_process.clusters import make_holding, make_peer
 from in_process.placing import Cluster
 from in_process.recoveries import plan_of, three_peers
-from meshd.agents.session.plan.route import mirror_targets
+from meshd.agents.session.plan.mirror_targets import mirror_targets
 from meshd.types import ModelId
 
 

@@ -192,6 +192,15 @@ async def test_a_peer_to_avoid_is_not_used_while_others_can_load_its_layers() ->
     assert {peer for peer, _ in cluster.asked} <= {"a-id", "c-id"}
 
 
+async def test_a_session_that_no_other_peers_can_serve_returns_to_those_that_refused_it() -> None:
+    """They may have had no room for a moment. They load nothing for it: its next plan would avoid what they load as well."""
+    cluster = three_peers(make_peer("d"))
+    fill_memory(cluster, "d")
+    found = await recover(cluster, recovery_request(None, avoid=ids("a", "b", "c")))
+    assert text_of(found.plan) == "a:0-10,b:10-20,c:20-30"
+    assert not cluster.asked
+
+
 async def test_a_silent_peer_is_used_if_there_is_no_other_plan() -> None:
     cluster = three_peers()
     fill_memory(cluster, "a", "c")

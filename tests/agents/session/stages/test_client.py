@@ -1,5 +1,6 @@
 """The messages that a coordinator sends to the stages of an answer."""
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -9,7 +10,7 @@ from meshd.agents.session.events import CloseStages, OpenStages, ResumeStages
 from meshd.agents.session.plan.resume import ResumePoint, StageHeld
 from meshd.agents.session.stages.client import RENEW_S
 from meshd.errors import InvalidSampling, PeerFault
-from meshd.protocol.messages import Close, Error, Journaled, Open, Opened, Prompt, Renew, Resume
+from meshd.protocol.messages import Ack, Close, Error, Journaled, Open, Opened, Renew, Resume, Step, StepKind, Steps
 from meshd.types import PeerId, SamplingParams
 
 
@@ -60,19 +61,46 @@ async def test_any_reply_to_open_but_opened_is_the_peers_fault(site: AnswerSite)
         await site.answer.stages.open(OpenStages(1, site.plan(), 64, 0), 0, [])
 
 
-@pytest.mark.parametrize(
-    ("start", "chunks"),
-    [(0, [[1, 2], [3, 100], [101]]), (3, [[100, 101]]), (4, [[101]]), (5, [])],
-)
-async def test_the_prompt_is_sent_in_chunks_from_the_start_of_the_first_stage(
-    site: AnswerSite, start: int, chunks: list[list[int]]
+@pytest.mark.parametrize(("start", "known"), [(0, [1, 2, 3, 100, 101]), (3, [100, 101]), (4, [101])])
+async def test_the_known_tokens_are_sent_as_one_step_from_the_start_of_the_first_stage(
+    site: AnswerSite, start: int, known: list[int]
 ) -> None:
-    site.answer.stages.send_prompt(1, site.plan(chunk=2), start, [100, 101])
-    await until(lambda: len(site.received) == len(chunks))
-    assert [ids(payload) for payload in site.payloads] == chunks
-    sent = site.got(Prompt)
-    assert [message.step for message in sent] == list(range(start, 5, 2))
-    assert [message.last for message in sent] == [False] * (len(chunks) - 1) + [True] * bool(chunks)
+    site.answer.stages.send_prompt(1, site.plan(10, chunk=2), start, [100, 101])
+    await until(lambda: bool(site.received))
+    assert [ids(payload) for payload in site.payloads] == [known]
+    step = Step(
+        session=site.answer.session,
+        epoch=1,
+        stage=0,
+        seq=0,
+        start=start,
+        tokens=len(known),
+        kind=StepKind.PREFILL,
+        sample=1,
+        committed=5,
+        size=4 * len(known),
+    )
+    assert site.got(Steps) == [Steps(steps=(step,))]
+
+
+async def test_the_first_and_the_last_stage_are_told_which_tokens_have_arrived_and_how_many_it_may_send(site: AnswerSite) -> None:
+    site.answer.stages.grant(3, site.plan(10), 4, 96)
+    site.answer.stages.grant(3, site.plan(10), 4, 5)
+    await until(lambda: len(site.received) == 2)
+    assert site.got(Ack) == [Ack(session=site.answer.session, epoch=3, stage=2, next_seq=4, credit=credit) for credit in (96, 5)]
+
+
+async def test_tokens_are_granted_at_the_peers_of_the_first_and_the_last_stage_only(peers: Peers) -> None:
+    first, second, third = (AnswerSite(peers.start(name)) for name in "abc")
+    for other in (second, third):
+        first.peer.dial(other.peer)
+        await first.peer.ups.get()
+    whole = first.plan(10, 20)
+    places = zip(whole.stages, (first, second, third), strict=True)
+    plan = msgspec.structs.replace(whole, stages=tuple(msgspec.structs.replace(stage, peer=site.peer.id) for stage, site in places))
+    first.answer.stages.grant(3, plan, 4, 96)
+    await until(lambda: bool(first.received and third.received))
+    assert [len(site.got(Ack)) for site in (first, second, third)] == [1, 0, 1]
 
 
 async def test_every_stage_is_sent_its_resume_point(site: AnswerSite) -> None:

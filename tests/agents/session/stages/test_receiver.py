@@ -12,7 +12,7 @@ from meshd.agents.session.session import SessionState
 from meshd.agents.session.stages.receiver import StageReceiver, blamed_peer
 from meshd.errors import InvalidSampling
 from meshd.protocol.messages import Error, Failed
-from meshd.types import LayerRange, PeerId, Plan, PlanId, StagePlan
+from meshd.types import LayerRange, PeerId, Plan, PlanId, StagePlan, TokenLogprobs
 
 STRANGER = PeerId("stranger")
 
@@ -30,16 +30,22 @@ def receiver(site: AnswerSite) -> StageReceiver:
     return StageReceiver({site.answer.session: site.answer}, cast("PlanRetrier", None), cast("Mover", None), lambda peer: "name")
 
 
-async def test_a_token_counts_only_from_the_last_stage(site: AnswerSite, receiver: StageReceiver) -> None:
-    receiver.on_token(STRANGER, site.token(0, 7))
+async def test_tokens_count_only_from_the_last_stage(site: AnswerSite, receiver: StageReceiver) -> None:
+    receiver.on_tokens(STRANGER, site.tokens(0, 7))
     assert site.answer.output.tokens == []
-    receiver.on_token(site.peer.id, site.token(0, 7))
-    assert site.answer.output.tokens == [(7, None)]
+    receiver.on_tokens(site.peer.id, site.tokens(0, 7, 8))
+    assert site.answer.output.tokens == [(7, None), (8, None)]
 
 
-@pytest.mark.parametrize("token", [-1, CARD.spec.vocab])
-async def test_a_token_outside_the_vocabulary_is_its_senders_fault(site: AnswerSite, receiver: StageReceiver, token: int) -> None:
-    receiver.on_token(site.peer.id, site.token(0, token))
+@pytest.mark.parametrize(
+    ("tokens", "logprobs"),
+    [((CARD.spec.vocab,), 0), ((7, CARD.spec.vocab, 8), 0), ((7, 8), 1), ((7,), 2)],
+    ids=["outside the vocabulary", "one of them outside the vocabulary", "too few logprobs", "too many logprobs"],
+)
+async def test_tokens_that_cannot_be_are_their_senders_fault_and_none_of_them_counts(
+    site: AnswerSite, receiver: StageReceiver, tokens: tuple[int, ...], logprobs: int
+) -> None:
+    receiver.on_tokens(site.peer.id, site.tokens(0, *tokens, logprobs=(TokenLogprobs(-0.5),) * logprobs))
     assert site.answer.output.tokens == []
     assert site.answer.machine.state is SessionState.RECOVERING
     assert site.answer.recovery.distrusted(site.clock.now) == {site.peer.id}

@@ -12,6 +12,9 @@ from meshd.types import LayerRange
 from stage_mesh.driver import SESSION
 from stage_mesh.mesh import StageMesh, StagePeer
 from stage_mesh.sessions import ANSWER, driver, expected, until_empty
+from tiny.kv import make_lease
+
+NOT_FINITE, LONGER = -1, 1
 
 
 async def test_a_copy_outlives_one_epoch_without_a_new_offer(mesh: StageMesh) -> None:
@@ -59,7 +62,7 @@ async def test_kv_beyond_the_start_of_the_epoch_is_copied_again(mesh: StageMesh)
 
 
 @pytest.mark.parametrize(
-    ("changes", "payload"), [({}, 100), ({"tokens": 0}, 0), ({"tokens": 129}, 129 * 2048), ({}, -1), ({"tokens": 2}, 2048)]
+    ("changes", "payload"), [({}, LONGER), ({"tokens": 0}, 0), ({"tokens": 129}, 128), ({}, NOT_FINITE), ({"tokens": 2}, 1)]
 )
 async def test_an_invalid_chunk_ends_the_copy(mesh: StageMesh, changes: dict[str, int], payload: int) -> None:
     a, b = mesh.start("a"), mesh.start("b")
@@ -71,18 +74,24 @@ async def test_an_invalid_chunk_ends_the_copy(mesh: StageMesh, changes: dict[str
     assert reply.held == 0
     answers: list[KvStored] = []
     a.links.dispatcher._handlers[KvStored] = lambda sender, message, rest: answers.append(message)
-    data = np.full(2048, np.nan, "<f4").tobytes() if payload < 0 else bytes(payload)
+    data = forged_kv(b, abs(payload), np.nan if payload == NOT_FINITE else 1.0) if payload else b""
+    data += bytes(100) if not changes and payload == LONGER else b""
     blocks = KvBlocks(session=SESSION, epoch=1, layers=LayerRange(0, 4), position=0, tokens=1)
     a.links.send(b.id, msgspec.structs.replace(blocks, **changes), data)
-    a.links.send(b.id, blocks, bytes(2048))
+    a.links.send(b.id, blocks, forged_kv(b, 1))
     await asyncio.sleep(0.02)
     assert [bool(message.error) for message in answers] == [True, True]
     await until_empty(mesh)
 
 
-def forged_kv(peer: StagePeer, tokens: int) -> bytes:
-    layers = peer.resident.layers
-    return np.ones(tokens * len(layers) * peer.pool.layer_bytes // 4, "<f4").tobytes()
+def forged_kv(peer: StagePeer, tokens: int, value: float = 1.0) -> bytes:
+    """Return the payload of a chunk with the first `tokens` positions of all layers."""
+    spec, layers = peer.resident.card.spec, peer.resident.layers
+    lease = make_lease(spec, layers, tokens)
+    for layer in layers:
+        for rows in lease.rows(layer):
+            rows[:tokens] = value
+    return lease.copy_out(layers, 0, tokens)
 
 
 async def offered(sender: StagePeer, target: StagePeer, epoch: int, layers: LayerRange) -> str:

@@ -8,7 +8,7 @@ from meshd.agents.service import AnswerSecret, Finished, TextDelta
 from meshd.errors import Cancelled, ContextTooLong, InvalidRequest, MeshdError, Unavailable, UnknownModel, UnknownSession
 from meshd.types import SessionId
 from sim.clients.connection import Connection, ConnectionLost, SessionNamed, handle
-from sim.clients.requests import ClientRequest
+from sim.clients.requests import ClientRequest, CorrectAnswer
 from sim.peer.process import SimProcess
 
 if TYPE_CHECKING:
@@ -34,7 +34,9 @@ class Client:
         self.session: SessionId | None = None
         self.secret: AnswerSecret | None = None
         self.ended = ""
-        """`exact` (the whole correct answer arrived) or `cancelled`. Empty: not ended."""
+        """`exact` (the whole correct answer arrived), `mixed` (an answer of several numerics, which were named) or `cancelled`.
+
+        Empty: not ended."""
         self.errors: list[str] = []
         self.pauses: list[float] = []
         """Seconds of waiting for each new delta, from the delta before or from the start of the connection."""
@@ -119,30 +121,45 @@ class Client:
         request = self.request
         item = (delta.text, tuple(token.token_id for token in delta.tokens))
         if at < len(request.seen):
-            if request.seen[at] != item:
+            if request.seen[at] == item:
+                return
+            if not self._is_mixed():
                 raise WrongAnswer(f"client {request.number}: event {at} was {request.seen[at]} and is {item} when read again")
-            return
+            del request.seen[at:]  # tokens that no deputy knew of are decided again, and with other numerics perhaps otherwise
         if self.ended:
             raise WrongAnswer(f"client {request.number}: a token after the end")
         request.seen.append(item)
         so_far = "".join(text for text, _ in request.seen)
-        if not request.text.startswith(so_far):
+        answers = [answer for answer in self._answers() if answer.text.startswith(so_far)]
+        if not answers and not self._is_mixed():
+            texts = [answer.text for answer in self._answers()]
             raise WrongAnswer(
-                f"client {request.number}: {len(so_far)} tokens are not the reference's: {so_far!r}, expected {request.text!r}"
+                f"client {request.number}: {len(so_far)} tokens are not the reference's: {so_far!r}, expected one of {texts}"
             )
-        if request.generation.sampling.logprobs is not None:
-            self._check_logprobs(delta)
+        if request.generation.sampling.logprobs is not None and not self._is_mixed():
+            self._check_logprobs(delta, answers)
         now = self.world.loop.time()
         self.pauses.append(now - self._last_token_at)
         self.world.note_pause(self, now - self._last_token_at)
         self._last_token_at = now
 
-    def _check_logprobs(self, delta: TextDelta) -> None:
+    def _answers(self) -> list[CorrectAnswer]:
+        """Return the correct answers under the numerics with which this session was planned."""
+        assert self.session is not None
+        planned = self.world.numerics.planned[self.session]
+        return [answer for numerics, answer in self.request.answers.items() if numerics in planned]
+
+    def _is_mixed(self) -> bool:
+        """Whether the session's story says that it was computed with several numerics: then its tokens are not known before."""
+        return self.session in self.world.numerics.mixed
+
+    def _check_logprobs(self, delta: TextDelta, answers: list[CorrectAnswer]) -> None:
         request = self.request
         first = sum(len(ids) for _, ids in request.seen) - len(delta.tokens)
         for index, token in enumerate(delta.tokens, first):
-            expected = request.expected.logprobs[index]
-            if token.token_id != request.expected.tokens[index] or expected is None or token.logprob != expected.chosen:
+            got = token.token_id, token.logprob
+            known = [(answer.expected.tokens[index], answer.expected.logprobs[index]) for answer in answers]
+            if got not in [(token_id, None if logprobs is None else logprobs.chosen) for token_id, logprobs in known]:
                 raise WrongAnswer(f"client {request.number}: token {index} has other logprobs than the reference")
 
     def _finish(self, at: int, end: Finished) -> None:
@@ -151,10 +168,10 @@ class Client:
             raise WrongAnswer(f"client {request.number}: the answer ended after {at} events, but it had {len(request.seen)} before")
         so_far = "".join(text for text, _ in request.seen)
         got = (so_far, end.reason, end.completion_tokens)
-        expected = (request.text, request.finish, request.completion_tokens)
-        if got != expected:
-            raise WrongAnswer(f"client {request.number}: the answer ended as {got}, expected {expected}")
-        self.ended = "exact"
+        expected = [(answer.text, answer.finish, answer.completion_tokens) for answer in self._answers()]
+        if got not in expected and not (self._is_mixed() and end.completion_tokens <= (request.generation.max_tokens or 0)):
+            raise WrongAnswer(f"client {request.number}: the answer ended as {got}, expected one of {expected}")
+        self.ended = "exact" if got in expected else "mixed"
 
     def _failed(self, process: SimProcess, error: MeshdError) -> float:
         """Handle a peer's error. Returns: seconds to wait before the next attempt. Raises: WrongAnswer if no fault excuses it."""

@@ -5,9 +5,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from meshd.agents.service import GenerationRequest, MeshOptions
+from meshd.numerics import NumericsId
 from meshd.types import FinishReason, ModelCard, SamplingParams
+from sim.toy.mathematics import sim_numerics
 from sim.toy.reference import Expected, reference
 from sim.toy.text import letter, random_prompt
+
+
+@dataclass(frozen=True, slots=True)
+class CorrectAnswer:
+    """What the client must receive if all layers are computed with one numerics."""
+
+    expected: Expected
+    text: str
+    """The whole text, without the stop string."""
+    finish: FinishReason
+    completion_tokens: int
 
 
 @dataclass(slots=True)
@@ -16,11 +29,7 @@ class ClientRequest:
 
     number: int
     generation: GenerationRequest
-    expected: Expected
-    text: str
-    """The whole text that the client must receive, without the stop string."""
-    finish: FinishReason
-    completion_tokens: int
+    answers: dict[NumericsId, CorrectAnswer]
     starts_at: float
     patience_s: float
     """Seconds without an event after which the client turns to another peer."""
@@ -43,6 +52,8 @@ class Workload:
     within_s: float
     prompt: int = 150
     answer: int = 60
+    numerics: int = 1
+    """Number of different numerics in the cluster."""
 
 
 def make_requests(rng: random.Random, cards: Sequence[ModelCard], workload: Workload) -> list[ClientRequest]:
@@ -58,19 +69,15 @@ def make_request(rng: random.Random, cards: Sequence[ModelCard], workload: Workl
     sampling = _sampling(rng)
     max_tokens = rng.randint(1, workload.answer)
     ignore_eos = rng.random() < 0.5
-    expected = reference(card.spec.layers, prompt, sampling, max_tokens, ignore_eos=ignore_eos)
-    letters = [letter(token) for token in expected.tokens]
-    if expected.finish == "stop":
-        letters.pop()
+    expected = [
+        reference(card.spec.layers, prompt, sampling, max_tokens, ignore_eos=ignore_eos, numerics=number)
+        for number in range(workload.numerics)
+    ]
+    letters = _letters(expected[0])
     stop: tuple[str, ...] = ()
     if len(letters) > 4 and rng.random() < 0.2:
         at = rng.randrange(len(letters) - 1)
         stop = ("".join(letters[at : at + 2]),)
-    text = "".join(letters)
-    finish, completion = FinishReason(expected.finish), len(expected.tokens)
-    if stop and stop[0] in text:
-        cut = text.index(stop[0])
-        text, finish, completion = text[:cut], FinishReason.STOP, cut + len(stop[0])
     leaves = rng.randrange(1, 20) if rng.random() < 0.15 else None
     return ClientRequest(
         number=number,
@@ -84,17 +91,27 @@ def make_request(rng: random.Random, cards: Sequence[ModelCard], workload: Workl
             background=rng.random() < 0.2,
             mesh=MeshOptions(mirror=rng.choice([None, None, True])),
         ),
-        expected=expected,
-        text=text,
-        finish=finish,
-        completion_tokens=completion,
+        answers={sim_numerics(index): _correct(each, stop) for index, each in enumerate(expected)},
         starts_at=start,
         patience_s=rng.choice([5.0, 15.0, 75.0]),
-        reads_s=rng.choice([0.0, 0.0, 0.0, 0.005, 0.05]),
+        reads_s=rng.choice([0.0, 0.0, 0.003, 0.01, 0.02, 0.05]),
         leaves_at=leaves,
         stays_away_s=rng.choice([0.2, 2.0, 8.0]),
         cancels_at=rng.randrange(1, 20) if rng.random() < 0.05 else None,
     )
+
+
+def _letters(expected: Expected) -> list[str]:
+    letters = [letter(token) for token in expected.tokens]
+    return letters[:-1] if expected.finish == "stop" else letters
+
+
+def _correct(expected: Expected, stop: tuple[str, ...]) -> CorrectAnswer:
+    text = "".join(_letters(expected))
+    if stop and stop[0] in text:
+        cut = text.index(stop[0])
+        return CorrectAnswer(expected, text[:cut], FinishReason.STOP, cut + len(stop[0]))
+    return CorrectAnswer(expected, text, FinishReason(expected.finish), len(expected.tokens))
 
 
 def _sampling(rng: random.Random) -> SamplingParams:

@@ -42,6 +42,8 @@ class SimLinks:
         self.incarnation = incarnation
         self.on_up, self.on_down = on_up, on_down
         self.links: dict[PeerId, Link] = {}
+        self.broken: dict[PeerId, Link] = {}
+        """Links that have ended and may be restored."""
         self.detached = False
         self.authority = b""
         """Public key of the authority of this peer's cluster key. Peers with different ones can't link."""
@@ -62,20 +64,22 @@ class SimLinks:
         if peer == self.id:
             self._send_local(message, payload)
             return
-        link = self.links.get(peer)
-        if link is None or peer not in self.links or self.id not in link.up:
+        link = self.known(peer)
+        if link is None:
             raise PeerLost(f"{peer:.8} is not linked with this peer")
         self._network.delivery.send(self, peer, link, message, payload)
 
     def when_room(self, peer: PeerId, lane: Lane, callback: Callable[[], None]) -> None:
-        link = self.links.get(peer)
+        link = self.known(peer)
         if link is None:
             asyncio.get_running_loop().call_soon(callback)
+        elif self.id not in link.up:
+            link.waiting.setdefault(self.id, []).append(callback)
         else:
             self._network.delivery.when_room(self.id, link.pipes[self.id, lane], callback)
 
     def idle_s(self, peer: PeerId, lane: Lane) -> float:
-        link = self.links.get(peer)
+        link = self.known(peer)
         return float("inf") if link is None else self._network.delivery.idle_s(link.pipes[peer, lane])
 
     async def request(
@@ -97,7 +101,7 @@ class SimLinks:
 
     def change_key(self, identity: Any, stays: Callable[[PeerId], bool], reason: str) -> None:
         self.authority = identity.issuer.public
-        for peer in list(self.links):
+        for peer in self.peers():
             if not stays(peer):
                 self._network.end(self, peer, reason)
         self._network.dial_all(self)
@@ -109,13 +113,15 @@ class SimLinks:
         """Do nothing: the network dials for all peers."""
 
     def peers(self) -> list[PeerId]:
-        return [peer for peer, link in self.links.items() if self.id in link.up]
+        return [*self.links, *self.broken]
+
+    def known(self, peer: PeerId) -> Link | None:
+        """Returns: the link that is up, or the broken one that may be restored."""
+        return self.links.get(peer) or self.broken.get(peer)
 
     def silence_s(self, peer: PeerId) -> float:
-        link = self.links.get(peer)
-        if link is None or self.id not in link.up:
-            return float("inf")
-        return self._network.silence_s(peer, self.id)
+        link = self.known(peer)
+        return float("inf") if link is None else self._network.silence_s(peer, self.id)
 
     def addresses(self, peer: PeerId) -> list[str]:
         return [f"sim-{peer[:8]}:6375"]

@@ -2,7 +2,8 @@
 
 A link has two lanes in each direction, and each lane keeps the order of messages, as TCP does. Heartbeats are not sent: the network
 knows whether they would arrive, and a peer that would miss them for 2 s ends the link. Messages that a cut holds back arrive when
-the cut heals, if the link still exists. When a link breaks, the messages that would arrive after a random time are lost.
+the cut heals, if the link still exists. When a link breaks, the messages that would arrive after a random time are lost; a link
+between the same processes takes its place soon, with the code of `agents/links/restoring/` (`breaks.py`).
 """
 
 import asyncio
@@ -10,10 +11,12 @@ import contextvars
 import random
 from functools import partial
 
+from meshd.agents.links.link_table import LEFT
 from meshd.protocol.framing import MAX_HEADER, MAX_PAYLOAD
 from meshd.protocol.messages import FEATURES, PROTOCOL_VERSION, Hello, Lane
 from meshd.types import PeerId
 from sim.loop import SimLoop
+from sim.network.breaks import BrokenLinks
 from sim.network.delivery import Delivery
 from sim.network.links import SimLinks
 from sim.network.returning import ReturnConnection, converse
@@ -43,6 +46,7 @@ class SimNetwork:
         """Pairs of peers with different cluster keys that exchange rotations."""
         self._links = 0
         self.delivery = Delivery(loop, rng, trace, self._paths, self._ends)
+        self._breaks = BrokenLinks(loop, trace, self._ends, self.delivery, self._delay_s, self._blocked, self._restore, self._lost)
 
     def path(self, source: PeerId, target: PeerId) -> Path:
         return self._paths[source, target]
@@ -70,8 +74,9 @@ class SimNetwork:
             if silently:
                 self._block(end.id, other)
             else:
-                self._notify_ended(end, other, link, reason)
+                self._notify_ended(end, other, link, reason, breaks=not reason.startswith(LEFT))
         end.links.clear()
+        end.broken.clear()
         end.dispatcher.cancel_tasks()
 
     def freeze(self, peer: PeerId) -> None:
@@ -106,7 +111,7 @@ class SimNetwork:
         if end is None or link is None:
             return
         link.lost_after = min(link.lost_after, self._loop.time() + self._rng.random() * 0.01)
-        self._loop.call_soon(self._end, end, other, link, "connection reset", context=end.context)
+        self._loop.call_soon(partial(self._end, end, other, link, "connection reset", breaks=True), context=end.context)
 
     def break_lossy(self) -> None:
         """Reset the links on which a message was dropped."""
@@ -148,7 +153,8 @@ class SimNetwork:
         """End a peer's link with another one on purpose."""
         link = end.links.get(other)
         if link is not None:
-            self._end(end, other, link, reason)
+            self._end(end, other, link, reason, on_purpose=True)
+        self._breaks.give_up(end, other, reason)
 
     def dial_all(self, end: SimLinks) -> None:
         """Dial all peers with which a peer has no link."""
@@ -190,13 +196,22 @@ class SimNetwork:
         if ends[0] is None or ends[1] is None or self._blocked(one, other) or self._blocked(other, one):
             return
         links = ends[0].links.get(other), ends[1].links.get(one)
-        if links[0] is not None and links[0] is links[1]:
+        if (links[0] is not None and links[0] is links[1]) or other in ends[0].broken or one in ends[1].broken:
             return
+        self._connect(ends[0], ends[1])
+
+    def _restore(self, one: SimLinks, other: SimLinks) -> float:
+        """Dial the peer of a broken link. Returns: seconds until the new link is up at both."""
+        return self._connect(*sorted((one, other), key=lambda end: end.id))
+
+    def _connect(self, *ends: SimLinks) -> float:
+        one, other = ends[0].id, ends[1].id
         if ends[0].authority != ends[1].authority:
             self._exchange_rotations(ends[0], ends[1])
-            return
+            return _KEY_REDIAL_S
         self._links += 1
         link = Link(self._links)
+        self._breaks.agree_on_history(link, ends[0], ends[1])
         for source, target in ((one, other), (other, one)):
             for lane in Lane:
                 link.pipes[source, lane] = Pipe()
@@ -206,9 +221,14 @@ class SimNetwork:
         # The dialler sends first, so the link comes up one delay later at the other peer.
         self._loop.call_later(ready_s + there.delay_s * there.slow, self._bring_up, ends[1], ends[0], link, context=ends[1].context)
         self._loop.call_later(ready_s, self._bring_up, ends[0], ends[1], link, context=ends[0].context)
+        return ready_s + there.delay_s * there.slow
 
     def _bring_up(self, end: SimLinks, other: SimLinks, link: Link) -> None:
         if end.detached or link.ended or end.authority != other.authority:
+            return
+        if link.restores and not self._breaks.is_restored_by(end, other.id, link):
+            link.ended.add(end.id)
+            self._notify_ended(end, other.id, link, "it was given up", breaks=True)
             return
         old = end.links.get(other.id)
         if old is not None and old.number > link.number:
@@ -217,6 +237,9 @@ class SimNetwork:
             self._end(end, other.id, old, "it has dialled anew")
         end.links[other.id] = link
         link.up.add(end.id)
+        if link.restores:
+            self._breaks.restored(end, other.id, link)
+            return
         self._trace.note("up", end.name, other.name)
         hello = Hello(
             version=PROTOCOL_VERSION,
@@ -233,15 +256,20 @@ class SimNetwork:
         )
         end.on_up(other.id, hello, (f"sim-{other.id[:8]}", 6375))
 
-    def _end(self, end: SimLinks, other: PeerId, link: Link, reason: str) -> None:
-        """End the link at the peer of `end`, and notify the peer `other`."""
+    def _end(
+        self, end: SimLinks, other: PeerId, link: Link, reason: str, *, breaks: bool = False, on_purpose: bool = False
+    ) -> None:
+        """End the link at the peer of `end`, and notify the peer `other`.
+
+        breaks: whether `end` may restore the link. `other` tries to, unless the link ends `on_purpose`.
+        """
         if end.links.get(other) is not link:
             return
-        self._notify_ended(end, other, link, "connection closed")
-        self._down(end, other, link, reason)
+        self._notify_ended(end, other, link, "connection closed", breaks=not on_purpose)
+        self._down(end, other, link, reason, breaks=breaks)
 
-    def _notify_ended(self, end: SimLinks, other: PeerId, link: Link, reason: str) -> None:
-        """Notify the peer `other`, after every small message that was sent to it before has arrived."""
+    def _notify_ended(self, end: SimLinks, other: PeerId, link: Link, reason: str, *, breaks: bool) -> None:
+        """Notify the peer `other`, after every small message that was sent to it before has arrived. `breaks`: see `_end`."""
         link.ended.add(end.id)
         far = self._ends.get(other)
         if far is None or far.links.get(end.id) is not link:
@@ -253,15 +281,21 @@ class SimNetwork:
         last = link.pipes[end.id, Lane.CONTROL].last_arrival
         delay_s = self.delivery.delay_s(self._paths[end.id, other])
         arrival = max(self._loop.time() + delay_s, min(last, link.lost_after)) + 1e-6
-        self._loop.call_at(arrival, self._down, far, end.id, link, reason, context=far.context)
+        self._loop.call_at(arrival, partial(self._down, far, end.id, link, reason, breaks=breaks), context=far.context)
 
-    def _down(self, end: SimLinks, other: PeerId, link: Link, reason: str) -> None:
+    def _down(self, end: SimLinks, other: PeerId, link: Link, reason: str, *, breaks: bool) -> None:
         if end.detached or end.links.get(other) is not link:
             return
         link.ended.add(end.id)
         link.up.discard(end.id)
         del end.links[other]
         self.delivery.end(end.id, link)
+        if breaks and link.restorable:
+            self._breaks.broke(end, other, link, reason)
+        else:
+            self._lost(end, other, reason)
+
+    def _lost(self, end: SimLinks, other: PeerId, reason: str) -> None:
         self._trace.note("down", end.name, other[:4], reason)
         end.dispatcher.peer_lost(other, reason)
         end.on_down(other, reason)

@@ -3,7 +3,9 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from meshd.agents.links.restoring.history import LinkHistory, SentFrame
 from meshd.protocol.messages import Lane, Message
+from meshd.protocol.transport import Buffer
 from meshd.types import LinkStats, PeerId
 
 
@@ -40,10 +42,21 @@ class Pipe:
     """Time at which the transfer of all messages so far ends, and the next one can begin."""
     last_arrival: float = 0.0
     queued_bytes: int = 0
-    held: list[tuple[Message, bytes, int]] = field(default_factory=list)
-    """Messages that wait for a cut to heal: message, payload, size in bytes."""
+    frames: int = 0
+    """Frames of steps that have not arrived."""
+    held: list[tuple[Message, bytes, int, bool]] = field(default_factory=list)
+    """Messages that wait for a cut to heal: message, payload, size in bytes, and whether it is counted (not a repeat)."""
     waiting: list[Callable[[], None]] = field(default_factory=list)
     """Callbacks of senders that wait for room."""
+
+
+@dataclass(frozen=True, slots=True)
+class SimFrame(SentFrame):
+    """A message that may have to be sent again, with its size in the simulated network."""
+
+    message: Message
+    whole: Buffer | None
+    bytes: int
 
 
 @dataclass(eq=False, slots=True)
@@ -61,3 +74,12 @@ class Link:
     """Peers that have ended the link on their side."""
     pipes: dict[tuple[PeerId, Lane], Pipe] = field(default_factory=dict)
     """The pipes of both directions, by sender and lane."""
+    histories: dict[PeerId, LinkHistory] = field(default_factory=dict)
+    """Each peer's own. A link that restores another one has the same."""
+    restores: bool = False
+    restorable: bool = True
+    """Whether the order of messages has been that of TCP, so that they can be counted."""
+    waiting: dict[PeerId, list[Callable[[], None]]] = field(default_factory=dict)
+    """Callbacks of senders that wait for room, while the link is broken."""
+    reason: str = ""
+    """Why the link broke."""

@@ -58,10 +58,11 @@ class CountingRouter(Router):
 
 
 class CountingCoordinator(Coordinator):
-    """Counts, for each method, the answers that continued by it after a change of plan."""
+    """Counts, for each method, the answers that continued by it after a change of plan, and the changes that followed a loss."""
 
     methods: Counter[str]
 
     def _on_recovered(self, answer: Answer, recovered: Recovered) -> None:
         self.methods[recovered.method] += 1
+        self.methods["losses"] += recovered.cause == "loss" and recovered.reason != "resumed"
         super()._on_recovered(answer, recovered)

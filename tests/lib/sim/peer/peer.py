@@ -124,4 +124,4 @@ class SimPeer:
 def _counts(process: SimProcess) -> Counter[str]:
     router = process.router
     counts = Counter(steps=process.compute.jobs, plans=router.plans, recoveries=router.recoveries, searches=router.searches)
-    return process.coordinator.methods + counts
+    return process.coordinator.methods + counts + process.compute.kinds

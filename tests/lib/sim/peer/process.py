@@ -9,6 +9,7 @@ from typing import Any, cast
 
 from meshd.agents.membership.fleet.devices import DeviceList
 from meshd.agents.membership.peer_table import PeerTable
+from meshd.agents.placement.ready.layer_times import LayerTimesFile
 from meshd.agents.placement.restart.placements import Placements
 from meshd.agents.supervisor import Supervisor
 from meshd.peer.compose import compose
@@ -20,12 +21,13 @@ from sim.network.links import SimLinks, SimProber
 from sim.network.network import SimNetwork
 from sim.peer.compute import SimCompute
 from sim.peer.counting import CountingCoordinator, CountingRouter
+from sim.peer.drafts import Drafts
 from sim.peer.stand_ins import NoTelemetry, SimLibrary, SimStore, SimWeights
 from sim.peer.trust import SimTrustFiles
 from sim.toy.backend import Meter, Speed, ToyBackend
-from sim.toy.mathematics import MIB
+from sim.toy.mathematics import MIB, sim_numerics
 
-MAX_SESSIONS, QUEUE_LIMIT, QUEUE_WAIT_S = 16, 64, 60.0
+QUEUE_LIMIT, QUEUE_WAIT_S = 64, 60.0
 _DRAIN_S = 8.0
 
 
@@ -37,9 +39,12 @@ class PeerSpec:
     name: str
     memory_bytes: int = 1024 * MIB
     speed: Speed = field(default_factory=Speed)
+    numerics: int = 0
     outputs_bytes: int = 64 * 1024
     copies: int = 2
+    max_sessions: int = 16
     trust: SimTrustFiles = field(kw_only=True)
+    drafts: Drafts = field(kw_only=True)
 
 
 class NoRestarts(Supervisor):
@@ -82,6 +87,7 @@ class SimProcess:
         self.links.authority = self.trust.key.issuer.public
         self.agents = compose(self._parts(network, rng, meter, cards, signals))
         self.stages = self.agents.stages
+        spec.drafts.serve(self.stages)
         self.holdings = self.agents.holdings
         self.drainer = self.agents.drainer
         self.router = cast("CountingRouter", self.agents.router)
@@ -97,7 +103,7 @@ class SimProcess:
         prober: Any = SimProber(self.links, network, self.clock, on_change=signals.changed)
         store: Any = SimStore(cards)
         weights: Any = SimWeights(cards, self.clock, random.Random(rng.random()))
-        backend: Any = ToyBackend(meter, self.spec.speed)
+        backend: Any = ToyBackend(meter, self.spec.speed, self.spec.numerics)
         return Parts(
             me=self.spec.id,
             name=self.spec.name,
@@ -105,7 +111,7 @@ class SimProcess:
             incarnation=self.incarnation,
             settings=PeerSettings(
                 copies=self.spec.copies,
-                max_sessions=MAX_SESSIONS,
+                max_sessions=self.spec.max_sessions,
                 queue_limit=QUEUE_LIMIT,
                 queue_wait_s=QUEUE_WAIT_S,
                 outputs_limit_bytes=self.spec.outputs_bytes,
@@ -130,6 +136,7 @@ class SimProcess:
             weights=weights,
             devices=DeviceList(links, None),
             placements=Placements(MemoryFolder()),
+            layer_times=LayerTimesFile(MemoryFolder()),
             trust=self.trust,
             supervisor=NoRestarts(self.clock),
             router=CountingRouter,
@@ -165,6 +172,7 @@ class SimProcess:
 def _capability(spec: PeerSpec) -> Capability:
     return Capability(
         backend="toy",
+        numerics=sim_numerics(spec.numerics),
         processor="sim",
         threads=1,
         memory_total_bytes=spec.memory_bytes,

@@ -1,16 +1,17 @@
 """The toy model's card, and its mathematics on single values and on arrays."""
 
 from collections.abc import Sequence
-from functools import lru_cache
+from zlib import crc32
 
 import numpy as np
 import numpy.typing as npt
 
+from meshd.numerics import NumericsId, numerics_id
 from meshd.types import ModelCard, ModelId, ModelSpec
 
 F32 = npt.NDArray[np.float32]
 PRIME = 4093
-"""All values are below this prime, so that a product of two is exact in float32, which has 24 bits of precision."""
+"""All values are below this prime, so that float32, which has 24 bits of precision, holds them and a product of two exactly."""
 VOCAB = 64
 HIDDEN = 4
 CONTEXT = 512
@@ -50,17 +51,12 @@ def toy_card(layers: int = 6, layer_bytes: int = 50 * MIB, name: str = "toy") ->
     )
 
 
-@lru_cache(maxsize=64)
-def position_weights(layer: int) -> npt.NDArray[np.float64]:
-    """Return the factor of each position in a layer's sums, as an array `[CONTEXT]`. No factor is 0."""
-    at = np.arange(CONTEXT, dtype=np.int64)
-    return (1 + (at * at * 7 + at * 131 + layer * 17) % (PRIME - 1)).astype(np.float64)
+def checksum(rows: "bytes | F32", before: int) -> int:
+    """Return the checksum of all rows of K or of V of a layer up to some position, from that of the rows before `rows`.
 
-
-@lru_cache(maxsize=64)
-def position_weights_int(layer: int) -> tuple[int, ...]:
-    """Return `position_weights` as Python integers, which are faster for a single token."""
-    return tuple(int(weight) for weight in position_weights(layer))
+    It depends on every bit of the rows and on their order. The checksum of no rows is 0.
+    """
+    return crc32(rows, before)
 
 
 def embed(token: int) -> tuple[int, int, int, int]:
@@ -77,9 +73,18 @@ def project(layer: int, position: int, h: Sequence[int]) -> tuple[int, int, int,
     )
 
 
-def mix(h: Sequence[int], s0: int, s1: int) -> tuple[int, int, int, int]:
-    """Return a layer's output from its input `h` and its two sums over all positions."""
-    return ((h[0] + s0) % PRIME, (h[1] + h[0] * s1) % PRIME, (h[2] + s1 + 3 * s0) % PRIME, (h[3] + s0 * s1 + 1) % PRIME)
+def mix(h: Sequence[int], s0: int, s1: int, numerics: int = 0) -> tuple[int, int, int, int]:
+    """Return a layer's output from its input `h` and the checksums of K and of V up to this position, both modulo `PRIME`.
+
+    `numerics`: the number of the numerics. Each gives other values, as real ones give other last bits; here all tokens follow.
+    """
+    last = (h[3] + s0 * s1 + 1 + numerics) % PRIME
+    return (h[0] + s0) % PRIME, (h[1] + h[0] * s1) % PRIME, (h[2] + s1 + 3 * s0) % PRIME, last
+
+
+def sim_numerics(number: int) -> NumericsId:
+    """Return the id of the numerics with this number."""
+    return numerics_id("toy", "int", 1, f"{number:016x}", batch_invariant=True)
 
 
 _LOGIT_WEIGHTS = np.array(

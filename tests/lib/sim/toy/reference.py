@@ -1,13 +1,16 @@
-"""The toy model computed in the plainest way: no KV pool, stages or batches, one token after another, one running sum per layer."""
+"""The toy model computed in the plainest way: no KV pool, stages or batches, one token after another, running checksums."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from struct import Struct
 
 import numpy as np
 
-from meshd.kernels.sampler import Sampler
+from meshd.kernels.sampling.sampler import Sampler
 from meshd.types import SamplingParams, TokenLogprobs
-from sim.toy.mathematics import END, F32, PRIME, embed, logits_of, mix, position_weights_int, project
+from sim.toy.mathematics import END, F32, PRIME, checksum, embed, logits_of, mix, project
+
+_ROW = Struct("<2f")
 
 
 @dataclass(slots=True)
@@ -15,6 +18,7 @@ class PlainModel:
     """The model without cluster: `feed` tokens one by one, then read `logits`."""
 
     layers: int
+    numerics: int = 0
     position: int = 0
     h: tuple[int, int, int, int] = (0, 0, 0, 0)
     sums: list[list[int]] = field(init=False)
@@ -26,10 +30,10 @@ class PlainModel:
         h = embed(token)
         for layer in range(self.layers):
             k0, k1, v0, v1 = project(layer, self.position, h)
-            weight, sums = position_weights_int(layer)[self.position], self.sums[layer]
-            sums[0] = (sums[0] + weight * (k0 + 3 * v1)) % PRIME
-            sums[1] = (sums[1] + weight * (k1 + 5 * v0)) % PRIME
-            h = mix(h, sums[0], sums[1])
+            sums = self.sums[layer]
+            sums[0] = checksum(_ROW.pack(k0, k1), sums[0])
+            sums[1] = checksum(_ROW.pack(v0, v1), sums[1])
+            h = mix(h, sums[0] % PRIME, sums[1] % PRIME, self.numerics)
         self.h = h
         self.position += 1
 
@@ -48,10 +52,16 @@ class Expected:
 
 
 def reference(
-    layers: int, prompt: Sequence[int], sampling: SamplingParams, max_tokens: int, *, ignore_eos: bool = False
+    layers: int,
+    prompt: Sequence[int],
+    sampling: SamplingParams,
+    max_tokens: int,
+    *,
+    ignore_eos: bool = False,
+    numerics: int = 0,
 ) -> Expected:
-    """Compute the correct answer to a request."""
-    model, sampler = PlainModel(layers), Sampler(sampling, prompt)
+    """Compute the correct answer to a request, with the numerics of this number."""
+    model, sampler = PlainModel(layers, numerics), Sampler(sampling, prompt)
     for token in prompt:
         model.feed(token)
     tokens: list[int] = []

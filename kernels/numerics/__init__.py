@@ -1,0 +1,1 @@
+"""The id of a way to compute, from what fixed inputs give on this device."""
