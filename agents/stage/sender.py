@@ -11,7 +11,7 @@ from meshd.agents.stage.flow.events import Acknowledge, SampledTokens, SentStep,
 from meshd.agents.stage.flow.session import StageState
 from meshd.agents.stage.steps import ActiveStage
 from meshd.bounds import MAX_BATCH
-from meshd.errors import MeshdError
+from meshd.errors import MeshdError, PeerLost
 from meshd.protocol.framing import MAX_PAYLOAD
 from meshd.protocol.messages import Ack, Lane, Message, Step, StepKind, Steps, Tokens
 from meshd.types import PeerId
@@ -133,8 +133,9 @@ class StageSender:
         """Send a message without which sessions can't continue; fail their stages if it can't be sent."""
 
         def failed(error: MeshdError) -> None:
+            blame = peer if isinstance(error, PeerLost) else self.me  # a message that can't be encoded was made here
             for active in stages:
-                self.fail(active, error, peer)
+                self.fail(active, error, blame)
 
         self.backlog.send(
             peer,

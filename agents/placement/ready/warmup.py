@@ -4,7 +4,6 @@ It runs on the compute thread, one step at a time and behind all steps of sessio
 """
 
 import asyncio
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -114,8 +113,18 @@ class _Steps:
             self.stage.rows(self.hidden, first, first + tokens),
             [Segment(lease=self.lease, start=start, tokens=tokens)],
         )
-        self.out, seconds = await self.call(lambda: _timed(lambda: self.stage.forward(rows, segments)))
+        self.out, seconds = await self.timed(lambda: self.stage.forward(rows, segments))
         return self.out, seconds
+
+    async def timed(self, work: Callable[[], T]) -> tuple[T, float]:
+        """Run a job as `call` does. Returns: its result, and the seconds that it took on the compute thread."""
+
+        def run() -> tuple[T, float]:
+            began = self.clock.monotonic()
+            result = work()
+            return result, self.clock.monotonic() - began
+
+        return await self.call(run)
 
     async def undisturbed_s(self, start: int, tokens: int, runs: int) -> float:
         """Run a step several times. Returns: its undisturbed time in seconds."""
@@ -135,13 +144,6 @@ class _Steps:
             self.compute.submit(self.lease.forget, lambda _: None, lambda _: None, background=True)
         else:
             self.lease.forget()
-
-
-def _timed(work: Callable[[], T]) -> tuple[T, float]:
-    """Run `work`. Returns: its result, and the seconds that it took."""
-    began = time.perf_counter()
-    result = work()
-    return result, time.perf_counter() - began
 
 
 def _low_quartile(times: list[float]) -> float:
@@ -210,7 +212,7 @@ async def _head_s(resident: ResidentLayers, run: _Steps, hidden: Hidden) -> floa
     times = []
     for _ in range(_HEAD_STEPS):
         request = PickRequest(Sampler(SamplingParams(temperature=0)), 0)
-        (picked,), seconds = await run.call(partial(_timed, partial(run.stage.pick, hidden, [request])))
+        (picked,), seconds = await run.timed(partial(run.stage.pick, hidden, [request]))
         if isinstance(picked, MeshdError):
             raise _broken(resident)
         times.append(seconds)

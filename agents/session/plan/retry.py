@@ -36,8 +36,12 @@ _LOADING_WAIT_S = 120.0
 """How long a running answer waits for lost layers to be loaded elsewhere."""
 _NO_PLAN_WAIT_S = 3.0
 """How long an answer waits when the live peers cannot hold the model: short, but a peer that restarts may be back by then."""
+_TRIED_AT_ONCE = 1
+"""A plan that failed without a token, so many plans after the last token, is tried again at once; after more, with a pause: what
+made them fail needs time to pass, and the attempts are bounded (`MAX_ATTEMPTS`)."""
 _LONGEST_RETRY_S = 4.0
-"""Sessions that found no room on a stage try again after `_RETRY_S`, doubled with each attempt up to this time."""
+"""Sessions that found no room on a stage, or whose plan failed again, try again after `_RETRY_S`, doubled with each attempt up to
+this time."""
 
 
 @dataclass(slots=True)
@@ -123,6 +127,7 @@ class PlanRetrier:
             return None
         if is_refusal(error) and answer.machine.attempts:
             await self.clock.sleep(retry_after_s(answer.session, answer.machine.attempts))
+        failed, paused = answer.machine.plan, answer.machine.attempts <= _TRIED_AT_ONCE
         while True:
             try:
                 found = await self.router.recover(
@@ -138,7 +143,10 @@ class PlanRetrier:
             except MeshdError as error:
                 return answer.plan_failed(error)
             else:
-                return answer.planned(found.plan)
+                if paused or failed is None or found.plan.stages != failed.stages:
+                    return answer.planned(found.plan)
+                paused = True
+                await self.clock.sleep(retry_after_s(answer.session, answer.machine.attempts - _TRIED_AT_ONCE))
 
     async def _reclaim(self, answer: Answer) -> bool:
         """Settle which peer coordinates an answer, after a stage refused this peer because the stage obeys another coordinator.
@@ -216,7 +224,7 @@ class PlanRetrier:
 
 
 def retry_after_s(session: SessionId, attempts: int) -> float:
-    """Returns: seconds until a session tries again after a stage refused it for lack of room.
+    """Returns: seconds until a session tries again after a stage refused it for lack of room, or its plan failed again.
 
     Sessions of different coordinators that want the same room would otherwise refuse one another again and again in step. So the
     time differs from session to session and grows with each attempt.

@@ -2,6 +2,9 @@
 
 from typing import Any
 
+import pytest
+
+from meshd.agents.stage.batch import compute
 from meshd.protocol.messages import Ack, Failed
 from meshd.types import SessionId
 from stage_mesh.driver import SESSION
@@ -32,6 +35,19 @@ async def test_a_lost_stage_is_computed_again_from_kept_outputs(mesh: StageMesh)
     await session.close(a, c)
     mesh.clock.ahead += 61  # the lost peer gets no CLOSE: its lease must run out
     await until_empty(mesh)
+
+
+async def test_a_stage_whose_output_breaks_a_bound_blames_its_own_peer_and_sends_nothing(
+    mesh: StageMesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, b = mesh.start("a"), mesh.start("b")
+    session = driver(mesh, a)
+    monkeypatch.setattr(compute, "_finish", lambda active, token, index: "much too long a reason" * 99)
+    await session.begin((a, "0-2"), (b, "2-4"))
+    await session.until(lambda: a.received(Failed))
+    (failed,) = a.received(Failed)
+    assert (failed.code, failed.stage, failed.blame) == ("invalid_value", 1, b.id)
+    assert session.tokens == []
 
 
 async def test_a_replay_stays_within_the_prefill_window(mesh: StageMesh) -> None:

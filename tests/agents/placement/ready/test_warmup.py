@@ -3,13 +3,13 @@
 import asyncio
 import itertools
 import threading
-import time
 from collections.abc import AsyncIterator, Sequence
 
 import msgspec
 import numpy as np
 import pytest
 
+from in_process.clocks import SetClock
 from in_process.clusters import make_card
 from meshd.agents.device.compute import ComputeThread
 from meshd.agents.placement.ready.layer_times import LayerTimes
@@ -44,23 +44,26 @@ class Unsteady:
         return stage
 
 
-class Disturbed:
-    """Layers that take `SLOW_S` longer in all but one of `often` steps, as beside other work; with 1, in all."""
+class Paced:
+    """Layers of which each step takes `step_s` by the clock, and all but one of `often` steps `SLOW_S` longer, as beside others.
 
-    def __init__(self, loaded: LoadedLayers, often: int = 3) -> None:
-        self._loaded, self._often = loaded, often
+    With `often` 1, no step is disturbed.
+    """
+
+    def __init__(self, loaded: LoadedLayers, clock: SetClock, step_s: float, often: int = 1) -> None:
+        self._loaded, self._clock, self._step_s, self._often = loaded, clock, step_s, often
         self._steps = itertools.count()
 
     def stage(self, layers: LayerRange) -> Stage:
         stage = self._loaded.stage(layers)
         forward = stage.forward
 
-        def slower(hidden: F32, segments: Sequence[Segment]) -> F32:
-            if next(self._steps) % self._often or self._often == 1:
-                time.sleep(SLOW_S)
+        def paced(hidden: F32, segments: Sequence[Segment]) -> F32:
+            disturbed = next(self._steps) % self._often != 0
+            self._clock.now += self._step_s + SLOW_S * disturbed
             return forward(hidden, segments)
 
-        stage.forward = slower
+        stage.forward = paced
         return stage
 
 
@@ -88,24 +91,27 @@ async def test_the_check_detects_whether_a_token_alone_has_the_bits_that_it_has_
 
 async def test_other_work_that_slows_most_steps_does_not_count_as_the_time_of_the_layers(compute: ComputeThread) -> None:
     resident, loaded = residents()
-    resident.weights = Disturbed(loaded)
-    await warm_up(resident, compute, SystemClock())
-    assert resident.layer_decode_s < SLOW_S / 2 / len(resident.layers)
+    clock = SetClock()
+    resident.weights = Paced(loaded, clock, step_s=0.01, often=3)
+    await warm_up(resident, compute, clock)
+    assert resident.layer_decode_s == pytest.approx(0.01 / len(resident.layers))
     loaded.close()
 
 
-async def test_times_that_were_measured_before_are_used_if_the_layers_still_take_as_long(compute: ComputeThread) -> None:
+@pytest.mark.parametrize(("step_s", "again_s", "measured"), [(0.01, 0.0125, False), (0.01, 0.008, False), (0.01, 0.0135, True)])
+async def test_times_that_were_measured_before_are_used_if_the_layers_still_take_as_long(
+    compute: ComputeThread, step_s: float, again_s: float, measured: bool
+) -> None:
     resident, loaded = residents()
-    assert await warm_up(resident, compute, SystemClock())
+    clock = SetClock()
+    resident.weights = Paced(loaded, clock, step_s)
+    assert await warm_up(resident, compute, clock)
     before = LayerTimes.of(resident)
     again, _ = residents(loaded)
-    for _ in range(20):  # on a busy machine the few compared steps may take longer
-        if not await warm_up(again, compute, SystemClock(), before):
-            break
-    assert LayerTimes.of(again) == before
-    again.weights = Disturbed(loaded, often=1)
-    assert await warm_up(again, compute, SystemClock(), before)
-    assert again.layer_decode_s > 10 * before.layer_decode_s
+    again.weights = Paced(loaded, clock, again_s)
+    assert await warm_up(again, compute, clock, before) is measured
+    assert (LayerTimes.of(again) == before) is not measured
+    assert again.layer_decode_s == pytest.approx((again_s if measured else step_s) / len(again.layers))
     loaded.close()
 
 

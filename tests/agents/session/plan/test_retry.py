@@ -1,6 +1,7 @@
 """The plan retrier: how long it searches, who coordinates an answer after a takeover, and which reports about KV copies count."""
 
 from contextlib import aclosing
+from types import SimpleNamespace
 from typing import Any, cast
 
 import msgspec
@@ -85,6 +86,28 @@ def test_sessions_that_refused_one_another_try_again_at_different_and_growing_ti
     assert all(abs(mine - theirs) > 0.001 for mine, theirs in zip(one, other, strict=True))
     assert all(0.1 < wait <= 6.0 for wait in one)
     assert one[6] > 4 * one[0]
+
+
+async def test_a_plan_that_fails_again_and_again_without_a_token_is_tried_after_growing_pauses(peers: Peers) -> None:
+    site = AnswerSite(peers.start("new"))
+    await site.open()
+
+    class OnePlan:
+        async def recover(self, *request: Any) -> Any:
+            return SimpleNamespace(plan=site.plan())
+
+    retrier, waits = retrier_of(site), []
+    retrier.router = cast("Any", OnePlan())
+    for _ in range(8):
+        epoch, began = site.answer.machine.epoch, site.clock.now
+        site.answer.stage_failed(epoch, 0, RemoteFailure("it failed", remote_code="internal_error"), None)
+        retrier.replan(site.answer, site.replans[-1])
+        while site.answer.machine.epoch == epoch:
+            await site.clock.move(0.01)
+        waits.append(site.clock.now - began)
+    assert waits[0] < 0.02, "another loss before the first token is no reason to wait"
+    assert all(0.1 < wait <= 6.1 for wait in waits[1:])
+    assert waits[4] > 3 * waits[1]
 
 
 @pytest.mark.parametrize("begun", [False, True])
