@@ -14,8 +14,10 @@ from real_daemons.mesh import MODEL
 from real_daemons.sites import Site
 from real_daemons.streams import Answer, Interrupted, Refused, Spec, ask, resume
 
-SILENCE_S = 8.0
-"""Seconds without any data after which a client turns to another peer."""
+HEADERS_S, SILENCE_S = 30.0, 12.0
+"""Seconds without headers, and then without any data, after which a client turns to another peer: somewhat more than a daemon that
+works takes for its headers and between two comments (`ClientLimits`). A client with less patience gives up prompts that are being
+computed, and has them computed again from the start."""
 ANSWER_S = 150.0
 """Seconds after which an answer that has not ended counts as a failure."""
 _RETRY_S = 0.3
@@ -150,7 +152,7 @@ class ClientPool:
         """Wait until each client has finished its current answer."""
         self._stop.set()
         for thread in self._threads:
-            thread.join(ANSWER_S + 2 * SILENCE_S)
+            thread.join(ANSWER_S + 2 * HEADERS_S)
 
     def stalled(self, longer_than_s: float) -> list[ClientRequest]:
         """Return the running requests whose last token, or whose start, is more than `longer_than_s` ago."""
@@ -182,11 +184,12 @@ class ClientPool:
             try:
                 if request.answer.last_event is not None or request.answer.times:
                     request.resumed += 1
-                    resume(self.site, at, request.answer, silence_s=SILENCE_S)
+                    resume(self.site, at, request.answer, silence_s=SILENCE_S, headers_s=HEADERS_S)
                 else:
                     request.restarted += request.answer.begun_at > 0
                     request.answer = Answer(spec)
-                    ask(self.site, at, request.answer, order.mesh if order else self._mesh(rng), silence_s=SILENCE_S)
+                    mesh = order.mesh if order else self._mesh(rng)
+                    ask(self.site, at, request.answer, mesh, silence_s=SILENCE_S, headers_s=HEADERS_S)
             except Refused as refused:
                 self.errors[f"refused {refused.status} {refused.code}"] += 1
                 self._check(request, refused)

@@ -140,27 +140,48 @@ class Answer:
             self.times.append(at)
 
 
-def ask(site: Site, at: str, answer: Answer, mesh: dict[str, Any], *, silence_s: float, inside: bool = False) -> None:
+def ask(
+    site: Site,
+    at: str,
+    answer: Answer,
+    mesh: dict[str, Any],
+    *,
+    silence_s: float,
+    headers_s: float | None = None,
+    inside: bool = False,
+) -> None:
     """Send the request and read its answer to the end. `inside`: from the daemon's own host.
 
+    silence_s: how long the client waits without any data. headers_s: how long it waits for the headers; None: `silence_s`.
     Raises: Refused, Interrupted, OSError, HTTPException.
     """
     answer.asked_at = time.monotonic()
     body = answer.spec.body | {"stream": True, "mesh": mesh}
-    _read(site, at, "POST", answer.spec.path, body, answer, silence_s, inside=inside)
+    _read(site, at, "POST", answer.spec.path, body, answer, silence_s, headers_s or silence_s, inside=inside)
 
 
-def resume(site: Site, at: str, answer: Answer, *, silence_s: float) -> None:
+def resume(site: Site, at: str, answer: Answer, *, silence_s: float, headers_s: float | None = None) -> None:
     """Resume an answer at any peer, after the last event that arrived. Raises: as `ask`."""
     after = "" if answer.last_event is None else f"&starting_after={answer.last_event}"
-    _read(site, at, "GET", f"/v1/responses/{answer.id}?stream=true{after}", None, answer, silence_s)
+    _read(site, at, "GET", f"/v1/responses/{answer.id}?stream=true{after}", None, answer, silence_s, headers_s or silence_s)
 
 
 def _read(
-    site: Site, at: str, method: str, path: str, body: Any, answer: Answer, silence_s: float, *, inside: bool = False
+    site: Site,
+    at: str,
+    method: str,
+    path: str,
+    body: Any,
+    answer: Answer,
+    silence_s: float,
+    headers_s: float,
+    *,
+    inside: bool = False,
 ) -> None:
-    connection, response = http_to(site, at, method, path, body, timeout_s=silence_s, inside=inside)
+    connection, response = http_to(site, at, method, path, body, timeout_s=headers_s, inside=inside)
     with contextlib.closing(connection):
+        if connection.sock is not None:  # None: the daemon closes the connection after this response
+            connection.sock.settimeout(silence_s)
         if response.status != 200:
             error = _error_of(response.read())
             raise Refused(response.status, str(error.get("code")), str(error.get("message")))
