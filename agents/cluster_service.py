@@ -190,7 +190,7 @@ class ClusterService(Protocol):
     async def story(self, session: str) -> list[dict[str, Any]]:
         """Collect what all peers noted about a session, sorted by time.
 
-        Returns: lines `{"at_s", "peer", "name", "what", ...}`.
+        Returns: lines `{"at_s", "unix_s", "peer", "name", "what", ...}`.
         Raises: UnknownSession.
         """
         ...

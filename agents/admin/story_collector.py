@@ -19,7 +19,7 @@ _ANSWER_S = 2.0
 _MAX_BYTES = 2**20
 """Size limit of one peer's story."""
 _MAX_LINES = 1024
-_RESERVED = ("at_s", "peer", "name", "what")
+_RESERVED = ("at_s", "unix_s", "peer", "name", "what")
 """Keys that every line has. An underscore is appended to the name of a fact that has one of these names."""
 
 Lines = list[dict[str, Any]]
@@ -45,7 +45,8 @@ class StoryCollector:
         Clocks are compared by one round trip to each peer, so lines of two peers that are closer in time than half a round trip may
         be in the wrong order.
 
-        Returns: lines sorted by time, with `at_s` (seconds since the first), `peer`, `name`, `what` and the facts; then one line
+        Returns: lines sorted by time, with `at_s` (seconds since the first), `unix_s` (seconds since 1970 by this peer's clock, to
+        compare with logs), `peer`, `name`, `what` and the facts; then one line
         for each peer that did not answer.
         Raises: UnknownSession if no peer has notes on the session.
         """
@@ -70,7 +71,8 @@ class StoryCollector:
             {"at": now, "peer": peer, "name": self.names(peer), "what": "gave no answer", "why": why}
             for peer, why in silent.items()
         ]
-        return [{"at_s": line.pop("at") - first, **line} for line in [*lines, *missing]]
+        since_1970 = self.clock.wall() - now
+        return [{"at_s": (at := line.pop("at")) - first, "unix_s": at + since_1970, **line} for line in [*lines, *missing]]
 
     async def _ask(self, peer: PeerId, session: SessionId) -> Lines:
         asked = self.clock.monotonic()

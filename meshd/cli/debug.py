@@ -21,7 +21,7 @@ from meshd.types import is_peer_id
 EXAMPLE = "meshd debug story 10d4a1b2\n  meshd debug trace 10d4a1b2 -o answer.json"
 Row = Mapping[str, Any]
 _TRACE_S = 30.0
-_COLUMN_KEYS = ("at_s", "peer", "name", "what")
+_COLUMN_KEYS = ("at_s", "unix_s", "peer", "name", "what")
 
 
 def add_arguments(parser: Parser) -> None:

@@ -129,7 +129,7 @@ class Run:
         """Compare an answer with the undisturbed one. A client's thread calls this for each answer that has ended."""
         spec, answer = request.answer.spec, request.answer
         request.story = self._mesh.story(answer.session)
-        for blame in wrong_blame(request.story, request.ended_at, self._names, self._repairs.times):
+        for blame in wrong_blame(request.story, self._names, self._repairs.times):
             self._wrong(f"{spec.name} (session {answer.session}): {blame}", request)
         if request.problem:
             self._wrong(f"{spec.name} (session {answer.session}): {request.problem}", request)

@@ -99,8 +99,11 @@ def test_leaks_of_sessions_kv_sockets_and_memory_are_reported() -> None:
 
 
 def story(*rows: tuple[float, str, str, str | list[str] | None]) -> list[dict[str, Any]]:
-    """Make a story of (seconds since its begin, name of the peer that tells it, what, ids of the peers that it blames)."""
-    return [{"at_s": at_s, "name": name, "what": what, "reason": "no answer", "blame": blame} for at_s, name, what, blame in rows]
+    """Make a story that began at 100 of (seconds since then, name of the peer that tells it, what, ids of those that it blames)."""
+    return [
+        {"at_s": at_s, "unix_s": 100 + at_s, "name": name, "what": what, "reason": "no answer", "blame": blame}
+        for at_s, name, what, blame in rows
+    ]
 
 
 def test_only_peers_with_a_fault_may_be_blamed() -> None:
@@ -110,7 +113,7 @@ def test_only_peers_with_a_fault_may_be_blamed() -> None:
     names = {"id1": "h1", "id2": "h2", "id3": "h3"}
 
     def wrong(*rows: tuple[float, str, str, str | list[str] | None]) -> list[str]:
-        return wrong_blame(story(*rows, (60.0, "h1", "length", None)), 160.0, names, faults)
+        return wrong_blame(story(*rows, (60.0, "h1", "length", None)), names, faults)
 
     assert wrong((0.0, "h1", "planned", None), (12.0, "h1", "lost", ["id2"]), (23.0, "h3", "failed", "id2")) == []
     assert wrong((15.0, "h2", "lost", ["id1", "id3"])) == [], "a peer that was cut off finds all others silent"
@@ -122,4 +125,4 @@ def test_only_peers_with_a_fault_may_be_blamed() -> None:
     ]
     faults.begins("h2", 130.0)
     assert wrong((59.0, "h1", "lost", ["id2"])) == [], "a fault that has not ended"
-    assert wrong_blame(story((40.0, "h1", "lost", ["id1"])), 160.0, names, faults) == [], "without an end its time is not known"
+    assert wrong_blame(story((20.0, "h1", "lost", ["id3"])), names, faults) == ["h1 blames h3, which had no fault: lost, no answer"]

@@ -50,6 +50,9 @@ async def test_the_lines_of_all_peers_come_in_one_order(keepers: Keepers) -> Non
             (1.5, b.id, "sent"),
             (2.0, a.id, "emitted"),
         ]
+        assert [line.pop("unix_s") for line in lines] == pytest.approx(
+            [keepers.clock.wall() - 2.0 + each for each in (0, 0.25, 1.5, 2)]
+        )
         assert lines[0] == {"at_s": 0.0, "epoch": 1, "peer": a.id, "name": a.id[:4], "what": "planned"}
         assert lines[1] == {"at_s": 0.25, "stage": 1, "peer_": "x", "name_": "y", "peer": b.id, "name": b.id[:4], "what": "opened"}
         assert [line["what"] for line in await a.story_collector.collect(S)] == [line["what"] for line in lines]
@@ -110,4 +113,5 @@ async def test_a_fact_named_like_a_key_of_the_line_gets_an_underscore(keepers: K
     async with keepers.linked("a", "b") as (a, b):
         b.story_collector.story.note(S, "moved", at_s=7, peer="x")
         (line,) = await a.story_collector.collect(S)
+        assert line.pop("unix_s") == pytest.approx(keepers.clock.wall())
         assert line == {"at_s": 0.0, "at_s_": 7, "peer": b.id, "peer_": "x", "name": b.id[:4], "what": "moved"}

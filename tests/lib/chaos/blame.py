@@ -4,17 +4,14 @@ import threading
 from dataclasses import dataclass, field
 from typing import Any
 
-from meshd.types import FinishReason
-
 _BEFORE_S, _AFTER_S = 0.5, 5.0
 """How long before the begin and after the end of a fault its peer may be blamed: the times of events are known this well, and a
 session keeps the peers that failed it until its next token."""
-_ENDS = frozenset({FinishReason.LENGTH.value, FinishReason.STOP.value})
 
 
 @dataclass
 class FaultTimes:
-    """When which peer had a fault."""
+    """When which peer had a fault. All times are Unix times, as those of stories."""
 
     _times: dict[str, list[list[float]]] = field(default_factory=dict)
     """Name of a peer -> begin and end of each of its faults."""
@@ -35,21 +32,16 @@ class FaultTimes:
             return any(begin - _BEFORE_S <= at <= end + _AFTER_S for begin, end in self._times.get(name, ()))
 
 
-def wrong_blame(story: list[dict[str, Any]], ended_at: float, names: dict[str, str], faults: FaultTimes) -> list[str]:
-    """Find the peers without a fault that the story of a session blames. `ended_at`: when its client had the whole answer.
+def wrong_blame(story: list[dict[str, Any]], names: dict[str, str], faults: FaultTimes) -> list[str]:
+    """Find the peers without a fault that the story of a session blames.
 
-    The story's times count from its first line, which need not be the session's first: what a lost coordinator noted is lost too.
-    But the line of the answer's end was noted at `ended_at`. What a peer with a fault says does not count: one that was frozen or
-    cut off finds all others silent.
+    What a peer with a fault says does not count: one that was frozen or cut off finds all others silent.
 
     Returns: a line for each.
     """
-    ends = [row["at_s"] for row in story if row["what"] in _ENDS]
-    if not ends:
-        return []
-    began_at, found = ended_at - ends[-1], []
+    found = []
     for row in story:
-        blamed, at = row.get("blame") or [], began_at + row["at_s"]
+        blamed, at = row.get("blame") or [], row["unix_s"]
         for peer in [blamed] if isinstance(blamed, str) else blamed:
             name = names.get(peer, peer)
             if not faults.covers(name, at) and not faults.covers(row["name"], at):

@@ -53,7 +53,7 @@ class Repairs:
         with self._lock:
             self._faulty.update(names)
         for name in names:
-            self.times.begins(name, time.monotonic())
+            self.times.begins(name, time.time())
 
     def start(self, injected: InjectedFault, *names: str) -> None:
         """Start a thread that repairs these peers when the fault's duration is over."""
@@ -83,7 +83,7 @@ class Repairs:
             with self._lock:
                 self._faulty.difference_update(names)
             for name in names:
-                self.times.ends(name, time.monotonic())
+                self.times.ends(name, time.time())
         finally:
             injected.over_at = injected.over_at or time.monotonic()
 
