@@ -439,7 +439,11 @@ async def connect(address: Address, connect_s: float) -> socket.socket:
             f"{host} is not known: {getattr(error, 'strerror', None) or error}", hint="write its IP address: --peer IP:PORT"
         ) from error
     for family, kind, protocol, _, resolved in infos:
-        raw = socket.socket(family, kind, protocol)
+        try:
+            raw = socket.socket(family, kind, protocol)
+        except OSError as error:  # this process or the system has no descriptors or buffers left
+            failure = os.strerror(error.errno or errno.EIO)
+            continue
         try:
             raw.setblocking(False)
             raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

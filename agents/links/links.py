@@ -216,6 +216,10 @@ class Links:
         link = self._table.known(peer)
         return self._clock.monotonic() - link.heard if link is not None else float("inf")
 
+    def is_broken(self, peer: PeerId) -> bool:
+        """Whether the link with a peer is broken, and will be restored or given up within `Timing.restore_s`."""
+        return self._table.broken(peer) is not None
+
     def unused_s(self, peer: PeerId) -> float:
         """Returns: seconds since the last message of a session on the link with a peer; infinity if it has no link."""
         link = self._table.known(peer)

@@ -1,12 +1,11 @@
 """Passes each received message to its handler, and each reply to the request that waits for it."""
 
 import asyncio
-import inspect
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from meshd.agents.links.log import LinkLog
 from meshd.agents.links.task_budget import TaskBudget
@@ -26,6 +25,13 @@ Send = Callable[[PeerId, Message, Buffer | None], None]
 
 MAX_REQUESTS = 1024
 """Maximum number of this peer's requests that wait for a reply at once."""
+
+
+@runtime_checkable
+class _Closable(Protocol):
+    """An awaitable that is told if it is never awaited, as a coroutine is."""
+
+    def close(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +136,7 @@ class Dispatcher:
                 raise Overloaded("this peer is about to stop")
             self._budget.enter(peer, message, payload_bytes)
         except Overloaded as error:
-            if inspect.iscoroutine(answer):
+            if isinstance(answer, _Closable):
                 answer.close()
             self._failed(peer, message, error)
             return

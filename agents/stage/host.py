@@ -173,8 +173,8 @@ class StageHost:
 
     @property
     def sessions(self) -> int:
-        """Number of running stages, without copies and without KV kept for a later epoch."""
-        return len(self._active)
+        """Number of stages that run or are being prepared, without copies and without KV kept for a later epoch."""
+        return len(self._active) + len(self._preparing)
 
     def rows(self, name_of: Callable[[ModelId], str]) -> list[dict[str, Any]]:
         """Return the rows of `/mesh/v1/sessions`."""

@@ -4,7 +4,7 @@ An accepted OPEN reserves memory at once. What takes longer is done on a worker 
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine, Generator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -29,6 +29,21 @@ _LONGEST_PREPARE_MS = 60_000
 """A stage that takes longer is not opened (SPEC.md, section 8)."""
 _MANY_TOKENS = 4096
 """So many known tokens are counted on a worker thread: it takes 0.1 us for each."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Preparation(Awaitable[Opened]):
+    """The rest of an accepted OPEN, which is awaited or closed."""
+
+    run: Callable[[], Coroutine[Any, Any, Opened]]
+    give_up: Callable[[MeshdError], None]
+
+    def __await__(self) -> Generator[Any, Any, Opened]:
+        return self.run().__await__()
+
+    def close(self) -> None:
+        """Free what the stage has reserved, because nothing awaits it: its coordinator has too many requests under way."""
+        self.give_up(Unavailable("the stage was not prepared: too many requests of its coordinator are under way"))
 
 
 @dataclass(slots=True)
@@ -72,10 +87,14 @@ class StageOpener:
         if session_kv is not None and not message.resume:
             self.kv_manager.drop_where(session_kv, lambda cache: cache.epoch < message.epoch)
         accepted = self._reserve(message, make_sampler)
-        stage = self.stages.find(accepted.resident, accepted.cache.layers)
-        if stage is None or (make_sampler is not None and len(payload) > 4 * _MANY_TOKENS):
-            return self._prepare(accepted)
-        return self._open(accepted, stage, make_sampler() if make_sampler is not None else None).opened(message.request)
+        try:
+            stage = self.stages.find(accepted.resident, accepted.cache.layers)
+            if stage is None or (make_sampler is not None and len(payload) > 4 * _MANY_TOKENS):
+                return _Preparation(partial(self._prepare, accepted), partial(self.preparing.end, accepted))
+            return self._open(accepted, stage, make_sampler() if make_sampler is not None else None).opened(message.request)
+        except Exception as error:
+            self.preparing.end(accepted, _described(error))
+            raise
 
     async def _prepare(self, accepted: PreparingStage) -> Opened:
         """Prepare a stage on worker threads, and open it. Cancel: frees what the stage has reserved."""
@@ -90,8 +109,8 @@ class StageOpener:
             if not work.done():
                 raise NotReady(f"stage {accepted.open.stage} is not prepared within {seconds:g} s")
             return self._open(accepted, *work.result()).opened(accepted.open.request)
-        except MeshdError as caught:
-            error = caught
+        except Exception as caught:
+            error = _described(caught)
             raise
         finally:
             if not work.cancel() and not work.cancelled():
@@ -212,3 +231,7 @@ def _active_stage(accepted: PreparingStage, stage: Stage, sampler: Sampler | Non
     if cache.log is not None:
         machine.kept_from, machine.kept_to = cache.log.kept_from, cache.log.kept_to
     return ActiveStage(message, accepted.resident, stage, cache, sampler, machine)
+
+
+def _described(error: Exception) -> MeshdError:
+    return error if isinstance(error, MeshdError) else MeshdError(f"the stage could not be prepared: {error}")

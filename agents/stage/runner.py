@@ -143,8 +143,8 @@ class StageRunner:
         return job.progress(self.clock.monotonic(), session) if job is not None else None
 
     def unpin(self, active: ActiveStage) -> None:
-        """Make the stage's kept outputs evictable again, unless some of them are still to be sent."""
-        if active.cache.log is not None and not active.machine.replaying:
+        """Make the stage's kept outputs evictable again, unless some of them are or may still be to be sent."""
+        if active.cache.log is not None and not active.machine.replaying and active.machine.state is not StageState.OPEN:
             active.cache.log.pinned = False
 
     def _begin(self, active: ActiveStage, start: int) -> None:

@@ -102,10 +102,10 @@ class Ack(SessionMessage, frozen=True, kw_only=True):
     stage: StageCount
     """The stage that sends this; for the coordinator, the number of stages."""
     next_seq: bounds.Tokens
-    """All steps before this number have arrived."""
+    """All steps before this number have arrived; from the coordinator, all answer tokens."""
     credit: bounds.Tokens
-    """Steps before this number may be sent. The newest ACK counts, also if it allows less: a coordinator stops an answer like that
-    before it changes the plan."""
+    """Steps before this number may be sent. Between stages credit is never taken back. A coordinator may allow less than before: so
+    it stops an answer before it changes the plan."""
 
 
 @message(74)

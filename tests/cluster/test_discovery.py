@@ -51,7 +51,7 @@ def test_a_second_daemon_on_the_same_state_folder_names_the_process_that_uses_it
     daemon = cluster["a"]
     command = [sys.executable, "-P", "-m", "meshd", "up", "--state", str(daemon.state)]
     command += ["--api", "127.0.0.1:0", "--link", "127.0.0.1:0"]
-    second = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    second = subprocess.run(command, capture_output=True, text=True, timeout=90)
     assert second.returncode == 1
     assert str(daemon.process.pid) in second.stderr
     assert "Traceback" not in second.stderr

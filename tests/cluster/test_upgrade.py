@@ -22,9 +22,14 @@ TOKENS = 12
 
 
 def ask(daemon: Daemon, **mesh: object) -> str:
-    """Ask for an answer. Returns: its text. Raises: AssertionError with the error."""
+    """Ask for an answer, again while the model is being loaded, as after a restart. Returns: its text. Raises: AssertionError."""
     body = {"model": MODEL, "messages": [{"role": "user", "content": "Tell me a story."}], "temperature": 0, "mesh": mesh}
-    status, answer, _ = daemon.post_raw("/v1/chat/completions", body | {"max_tokens": TOKENS, "ignore_eos": True})
+    body |= {"max_tokens": TOKENS, "ignore_eos": True}
+    until = time.monotonic() + 60
+    status, answer, _ = daemon.post_raw("/v1/chat/completions", body)
+    while status == 503 and answer["error"]["code"] == "model_loading" and time.monotonic() < until:
+        time.sleep(0.5)
+        status, answer, _ = daemon.post_raw("/v1/chat/completions", body)
     assert status == 200, answer
     text: str = answer["choices"][0]["message"]["content"]
     return text

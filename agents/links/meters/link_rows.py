@@ -9,7 +9,7 @@ from meshd.values import Address
 
 
 class LinkRow(TypedDict):
-    """One link that is up, as `meshd status --json` and the API show it."""
+    """One link that is up, or broken and not given up, as `meshd status --json` and the API show it."""
 
     peer: PeerId
     name: str

@@ -1,6 +1,7 @@
 """Dials the peer of a broken link at once, until another link takes its place or the peer turns out to be gone."""
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
@@ -12,6 +13,7 @@ from meshd.protocol.messages import Lane
 from meshd.protocol.transport import Address
 from meshd.types import PeerId
 
+log = logging.getLogger("meshd.links")
 _FIRST_S, _LONGEST_S = 0.02, 0.2
 """Waits between two dials of an address. The first is short: the sockets of a process that ends are not closed all at once."""
 _OTHERS_AFTER_S = 0.2
@@ -51,6 +53,8 @@ class LinkRestorer:
                 return True
             except MeshdError:
                 pass  # the opener reports it, and the next try follows
+            except Exception:
+                log.exception("dialling %s:%d failed (a bug in meshd); trying again", *address)
             if self._table.broken(link.peer) is not link:
                 return False
             await self._clock.sleep(min(_LONGEST_S, _FIRST_S * 2.0**attempt))
@@ -63,8 +67,12 @@ class LinkRestorer:
                 await self._clock.sleep(_OTHERS_AFTER_S)
                 if self._table.broken(link.peer) is not link:
                     return
-                with suppress(MeshdError):
+                try:
                     await self._dial(address)
+                except MeshdError:
+                    pass
+                except Exception:
+                    log.exception("dialling %s:%d failed (a bug in meshd)", *address)
 
 
 def _listening_address(link: Link) -> Address:

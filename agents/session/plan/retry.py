@@ -127,7 +127,7 @@ class PlanRetrier:
             return None
         if is_refusal(error) and answer.machine.attempts:
             await self.clock.sleep(retry_after_s(answer.session, answer.machine.attempts))
-        failed, paused = answer.machine.plan, answer.machine.attempts <= _TRIED_AT_ONCE
+        failed, paused = answer.machine.plan, is_refusal(error) or answer.machine.attempts <= _TRIED_AT_ONCE
         while True:
             try:
                 found = await self.router.recover(

@@ -15,6 +15,7 @@ log = getLogger(__name__)
 
 PART_TOKENS = 1 << 16
 """Tokens of one step: 256 KiB, so that a prompt does not keep the bulk lane of others. Nearly every prompt is one step."""
+_NO_IDS = np.empty(0, np.int32)
 
 
 @dataclass(slots=True)
@@ -27,7 +28,7 @@ class PromptSender:
     _epoch: int = 0
     """The epoch whose prompt is wanted. 0: none."""
     _peer: PeerId = field(init=False)
-    _ids: npt.NDArray[np.int32] = field(init=False)
+    _ids: npt.NDArray[np.int32] = field(default_factory=lambda: _NO_IDS)
     _start: int = 0
     """Position of the first token that has not been sent."""
     _seq: int = 0
@@ -44,14 +45,14 @@ class PromptSender:
 
     def acknowledged(self, epoch: int, credit: int) -> None:
         """Go on sending, because the first stage takes steps before number `credit`."""
-        if epoch == self._epoch:
+        if epoch and epoch == self._epoch:
             self._credit = credit
             self._continue()
 
     def forget(self, epoch: int) -> None:
         """Drop what has not been sent of a prompt of this epoch or an older one."""
         if self._epoch <= epoch:
-            self._epoch = 0
+            self._epoch, self._ids = 0, _NO_IDS
 
     def _continue(self) -> None:
         while self._start < len(self._ids) and self._seq < self._credit:

@@ -74,7 +74,7 @@ class StallWatch:
         assert answer.plan is not None
         opening = answer.machine.state is SessionState.OPENING
         for number, stage in enumerate(answer.plan.stages):
-            if stage.peer == self.me or (opening and number in answer.machine.opened):
+            if stage.peer == self.me or (opening and number in answer.machine.opened) or self.links.is_broken(stage.peer):
                 continue
             if SILENT_S < self.links.silence_s(stage.peer) < float("inf"):
                 return stage.peer

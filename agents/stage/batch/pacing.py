@@ -29,7 +29,7 @@ class PromptPacing:
 
     learning: StepLearning
     _passes: WeakKeyDictionary[Stage, int] = field(default_factory=WeakKeyDictionary)
-    """Passes since the last one with a chunk that has a budget. None: there was none yet."""
+    """Passes since the last one with a chunk that has a budget; without a number, there was none yet."""
 
     def budget(self, active: ActiveStage, start: int, decodes: int, decoding: Sequence[int], prompts: int) -> int:
         """Return how many tokens of a prompt a pass takes from position `start` on; 0 to leave it to a later pass.

@@ -137,7 +137,9 @@ class ParkedBatches:
             self.ready()
 
     def _drop(self, parked: _Parked, active: ActiveStage) -> None:
-        """Compute no further for a stage that has ended."""
+        """Compute no further for a stage that has ended. No effect on a batch of which nothing is computed any further."""
+        if parked not in self._parked:
+            return
         numbers = {number for number, part in enumerate(parked.job.batch) if part.active is active}
         if not numbers:
             return

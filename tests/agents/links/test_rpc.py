@@ -1,7 +1,8 @@
 """The dispatcher without a network: sent messages go to a list."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Generator
+from typing import Any
 
 import pytest
 
@@ -141,6 +142,22 @@ async def test_a_busy_peer_is_answered_overloaded_and_others_are_handled(dispatc
     for request in range(PER_KIND):
         dispatcher.deliver(BOB, Probe(request=request), EMPTY)
     assert errors(sent, BOB) == []
+
+
+async def test_an_awaitable_that_is_refused_is_told(dispatcher: Dispatcher, sent: Sent) -> None:
+    closed = []
+
+    class Reserved(Awaitable[None]):
+        def __await__(self) -> Generator[Any, Any, None]:
+            return asyncio.Event().wait().__await__()
+
+        def close(self) -> None:
+            closed.append(self)
+
+    dispatcher.register(Probe, lambda peer, message, payload: Reserved())
+    for request in range(PER_KIND + 3):
+        dispatcher.deliver(ANN, Probe(request=request), EMPTY)
+    assert len(closed) == len(errors(sent, ANN)) == 3
 
 
 async def test_requests_that_last_take_no_room_from_short_ones(dispatcher: Dispatcher, sent: Sent) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from meshd.agents.links import task_budget
 from meshd.agents.stage import opening
 from meshd.errors import RemoteFailure
 from meshd.kernels.backend import LoadedLayers, Stage
@@ -95,7 +96,7 @@ async def test_memory_is_reserved_at_once_and_the_loop_does_not_wait(mesh: Stage
     task = await begin_open(driver(mesh, a), a)
     assert a.blocks_used > 0
     assert a.resident.stages.reading_bytes > 0
-    assert (a.host.sessions, task.done()) == (0, False)
+    assert (a.host.sessions, task.done()) == (1, False), "a peer that is drained waits for it"
     gated.gate.set()
     await task
     assert a.host.sessions == 1
@@ -120,6 +121,21 @@ async def test_close_ends_the_preparation_and_what_was_read_stays_for_the_next_s
     assert len(gated.threads) == 1
     await driver(mesh, a).open((a, "0-2"), (b, "2-4"))
     assert len(gated.threads) == 2  # only b had to read
+
+
+async def test_an_open_beyond_the_budget_of_its_coordinator_keeps_no_memory(
+    mesh: StageMesh, gated: Gated, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, _ = mesh.start("a"), mesh.start("b")
+    monkeypatch.setattr(task_budget, "PER_KIND", 1)
+    gated.gate.clear()
+    task = await begin_open(driver(mesh, a), a)
+    used = a.blocks_used
+    with pytest.raises(RemoteFailure, match="under way already"):
+        await open_first(another(driver(mesh, a)), a)
+    assert (len(a.host._preparing), a.blocks_used) == (1, used)
+    gated.gate.set()
+    await task
 
 
 async def test_a_lease_that_runs_out_ends_the_preparation(mesh: StageMesh, gated: Gated) -> None:

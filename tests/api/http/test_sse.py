@@ -98,7 +98,7 @@ class TestSlowReader:
         body = b'{"model": "words", "prompt": "x", "stream": true, "max_tokens": 4000, "n": 8, "logprobs": 20}'
         writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
         await coordinator.until(lambda c: c.running == 8)
-        await coordinator.until(lambda c: c.running == 0)
+        await coordinator.until(lambda c: c.running == 0, within_s=30.0)  # 4,000 words of 8 answers fill the sockets first
         await server.aclose()
         assert telemetry.registry.get_sample_value("meshd_requests_total", {"route": "/v1/completions", "outcome": "client_gone"})
         writer.close()

@@ -12,6 +12,7 @@ from in_process.frames import one_step
 from in_process.peers import QUICK, SLOW, WAIT_S, Peer, Peers, until
 from meshd.errors import PeerLost
 from meshd.protocol.messages import Heartbeat, Lane, Message, Place, Placed, StepKind, Steps
+from meshd.protocol.transport import Address
 from meshd.types import LayerRange, PeerId
 
 GIVEN_UP_S = SLOW.restore_s + 0.3
@@ -152,6 +153,27 @@ async def test_a_peer_that_cannot_be_reached_again_is_lost_after_a_second(peers:
         assert 0.8 * SLOW.restore_s < time.monotonic() - began < GIVEN_UP_S
         cable.whole.set()
         assert await a.next_up() == b.id
+
+
+async def test_a_dial_that_fails_unexpectedly_ends_no_other_link(peers: Peers, caplog: pytest.LogCaptureFixture) -> None:
+    a, b, c = peers.start("a"), peers.start("b"), peers.start("c")
+    cable, real, fails = Cable(), a.links._restorer._dial, 3
+
+    async def dial(address: Address) -> PeerId:
+        nonlocal fails
+        fails -= 1
+        if fails >= 0:
+            raise OSError("no descriptors")
+        return await real(address)
+
+    a.links._restorer._dial = dial
+    async with cable.to(b.port) as port, unreachable(a):
+        await linked(a, c.port, c)
+        await linked(a, port, b)
+        cable.snap()
+        await until(lambda: a.links.restored_total == 1)
+        assert sorted(a.links.peers()) == sorted([b.id, c.id])
+        assert caplog.text.count("no descriptors") >= 3
 
 
 async def test_a_restarted_process_is_no_restored_link(peers: Peers) -> None:

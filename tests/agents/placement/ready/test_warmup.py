@@ -4,6 +4,7 @@ import asyncio
 import itertools
 import threading
 from collections.abc import AsyncIterator, Sequence
+from types import SimpleNamespace
 
 import msgspec
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 from in_process.clocks import SetClock
 from in_process.clusters import make_card
 from meshd.agents.device.compute import ComputeThread
+from meshd.agents.placement.ready import warmup
 from meshd.agents.placement.ready.layer_times import LayerTimes
 from meshd.agents.placement.ready.warmup import warm_up
 from meshd.agents.placement.resident import ResidentLayers
@@ -68,6 +70,14 @@ class Paced:
 
 
 @pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SetClock:
+    """The clock that steps are timed by."""
+    clock = SetClock()
+    monkeypatch.setattr(warmup, "time", SimpleNamespace(perf_counter=clock.monotonic))
+    return clock
+
+
+@pytest.fixture
 async def compute() -> AsyncIterator[ComputeThread]:
     thread = ComputeThread()
     yield thread
@@ -89,9 +99,10 @@ async def test_the_check_detects_whether_a_token_alone_has_the_bits_that_it_has_
     loaded.close()
 
 
-async def test_other_work_that_slows_most_steps_does_not_count_as_the_time_of_the_layers(compute: ComputeThread) -> None:
+async def test_other_work_that_slows_most_steps_does_not_count_as_the_time_of_the_layers(
+    compute: ComputeThread, clock: SetClock
+) -> None:
     resident, loaded = residents()
-    clock = SetClock()
     resident.weights = Paced(loaded, clock, step_s=0.01, often=3)
     await warm_up(resident, compute, clock)
     assert resident.layer_decode_s == pytest.approx(0.01 / len(resident.layers))
@@ -100,10 +111,9 @@ async def test_other_work_that_slows_most_steps_does_not_count_as_the_time_of_th
 
 @pytest.mark.parametrize(("step_s", "again_s", "measured"), [(0.01, 0.0125, False), (0.01, 0.008, False), (0.01, 0.0135, True)])
 async def test_times_that_were_measured_before_are_used_if_the_layers_still_take_as_long(
-    compute: ComputeThread, step_s: float, again_s: float, measured: bool
+    compute: ComputeThread, clock: SetClock, step_s: float, again_s: float, measured: bool
 ) -> None:
     resident, loaded = residents()
-    clock = SetClock()
     resident.weights = Paced(loaded, clock, step_s)
     assert await warm_up(resident, compute, clock)
     before = LayerTimes.of(resident)

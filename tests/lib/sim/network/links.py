@@ -119,6 +119,9 @@ class SimLinks:
         """Returns: the link that is up, or the broken one that may be restored."""
         return self.links.get(peer) or self.broken.get(peer)
 
+    def is_broken(self, peer: PeerId) -> bool:
+        return peer in self.broken
+
     def silence_s(self, peer: PeerId) -> float:
         link = self.known(peer)
         return float("inf") if link is None else self._network.silence_s(peer, self.id)
