@@ -16,9 +16,9 @@ from meshd.types import LayerRange, ModelId, ModelSpec
 
 PAGE_TOKENS = 32
 """Tokens in a page. Attention reads whole pages; a size that is not a multiple of `KEY_STEP` would change the last bits."""
-REWIND_TOKENS = 64
-"""Tokens that are kept behind a window, so that a new epoch can resume before the committed position: a mirror lacks less than a
-page and two chunks in flight."""
+REWIND_TOKENS = 3 * PAGE_TOKENS
+"""Tokens that are kept behind a window, so that a new epoch can resume before the committed position: while tokens are decoded, a
+mirror lacks less than a page, and two chunks in flight of a page each. Of a prompt it may lack more; then all is computed again."""
 
 
 class MemoryKind(IntEnum):

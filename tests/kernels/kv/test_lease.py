@@ -237,11 +237,11 @@ def test_a_window_can_be_computed_on_from_where_its_rows_are_there() -> None:
         fill(lease, start, start + 64)
         lease.commit(LAYERS, start + 64)
     first, last = lease.resumable(LAYERS, 640)
-    assert (first, last) == (512 + WINDOW - 1, 640)
-    assert lease.resumable(LAYERS, 540) == (0, 0)
-    assert lease.resumable(LayerRange(3, 4), 540) == (0, 540)
-    with pytest.raises(LocalFault, match="nothing can be computed from position 540 on"):
-        lease.truncate(LAYERS, 540, 0)
+    assert (first, last) == (480 + WINDOW - 1, 640)
+    assert lease.resumable(LAYERS, 510) == (0, 0)
+    assert lease.resumable(LayerRange(3, 4), 510) == (0, 510)
+    with pytest.raises(LocalFault, match="nothing can be computed from position 510 on"):
+        lease.truncate(LAYERS, 510, 0)
     lease.truncate(LAYERS, first, 0)
     lease.truncate(LAYERS, 0, 0)
     assert lease.resumable(LAYERS, 0) == (0, 0)
@@ -251,7 +251,7 @@ def test_a_window_can_be_computed_on_from_where_its_rows_are_there() -> None:
 
 def test_a_step_beyond_the_reserved_pages_of_a_window_is_refused() -> None:
     lease = windowed_lease(1024, 16)
-    with pytest.raises(LocalFault, match="more than the 5 pages that the lease reserves"):
+    with pytest.raises(LocalFault, match="more than the 6 pages that the lease reserves"):
         fill(lease, 0, 200)
 
 
