@@ -276,6 +276,7 @@ class Links:
             self._listeners = list(self._settings.sockets) or bind(host, port)
             try:
                 for listener in self._listeners:
+                    listener.setblocking(False)
                     listener.listen(_BACKLOG)
             except OSError as error:
                 raise _unusable(host, port, error) from error
@@ -332,17 +333,28 @@ class Links:
             self._table.give_up(link, reason)
 
     async def _listen(self, group: asyncio.TaskGroup, listener: socket.socket) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            try:
-                raw, remote = await loop.sock_accept(listener)
-            except OSError as error:
-                self._linklog.warn("accept", "connections can't be accepted, trying again: %s", error)
-                await self._clock.sleep(self._settings.timing.heartbeat_s)
-            else:
+        loop, ready = asyncio.get_running_loop(), asyncio.Event()
+        loop.add_reader(listener, ready.set)  # a cancelled sock_accept may leave a connection open
+        try:
+            while True:
+                await ready.wait()
+                ready.clear()
+                try:
+                    raw, remote = listener.accept()
+                except BlockingIOError:
+                    continue
+                except OSError as error:
+                    self._linklog.warn("accept", "connections can't be accepted, trying again: %s", error)
+                    loop.remove_reader(listener)  # which would call again and again for the connection that waits
+                    await self._clock.sleep(self._settings.timing.heartbeat_s)
+                    loop.add_reader(listener, ready.set)
+                    continue
+                raw.setblocking(False)
                 task = group.create_task(self._opener.welcome(raw, remote[:2]))
                 task.add_done_callback(partial(_close_unwelcomed, raw))
                 self._own(task)
+        finally:
+            loop.remove_reader(listener)
 
     async def _beat(self) -> None:
         while True:

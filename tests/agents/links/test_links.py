@@ -1,7 +1,10 @@
 """Links between real peers on loopback: they come up, carry messages, break and come up again."""
 
 import asyncio
+import gc
+import socket
 import time
+import warnings
 from contextlib import suppress
 from pathlib import Path
 
@@ -366,3 +369,21 @@ def test_links_work_on_uvloop_too(tmp_path: Path) -> None:
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(scenario())
+
+
+@pytest.mark.parametrize("turns", range(4))
+async def test_a_peer_that_ends_while_it_accepts_a_connection_leaves_none_open(peers: Peers, turns: int) -> None:
+    """The moment counts: one of the first turns of the event loop after the connection has arrived."""
+    a = peers.start("a")
+    await asyncio.sleep(0.05)
+    with socket.socket() as dialling:
+        dialling.setblocking(False)
+        dialling.connect_ex(("127.0.0.1", a.port))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        await a.kill()
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        await asyncio.sleep(0.02)
+        gc.collect()
+    assert [str(warning.message) for warning in warned] == []
