@@ -208,7 +208,7 @@ SETTINGS: tuple[Setting, ...] = (
         parse=parse_switch,
         switch=True,
         default=False,
-        help="compute with activations in full precision, several times slower; for all peers of a cluster or none",
+        help="compute with activations in full precision, several times slower; peers with and without it have different numerics",
     ),
     Setting(
         name="model",

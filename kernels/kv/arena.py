@@ -12,11 +12,7 @@ from meshd.kernels.kv.memory import PAGE_TOKENS, KvKey, Layout, Precision, pages
 
 
 class KvArena(Protocol):
-    """Opens leases within a budget of bytes.
-
-    Where there is no room, sessions will be preempted in one order, which every stage uses: priority, age as sent in OPEN, session
-    id. `open` and `grow` are where this order will be asked for victims; until then they raise OutOfMemory.
-    """
+    """Opens leases within a budget of bytes. Without room, `open` and `grow` raise OutOfMemory: no session is preempted."""
 
     @property
     def budget_bytes(self) -> int: ...

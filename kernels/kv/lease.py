@@ -20,8 +20,7 @@ _TYPES: dict[Precision, np.dtype[np.floating]] = {Precision.FP32: np.dtype("<f4"
 class ArenaLease(Protocol):
     """An arena's promise of memory for one session. Only the backend that made the arena can read what it holds.
 
-    Positions and layers outside the lease raise LocalFault. A page of the lease will carry the hash of its tokens' chain, by which
-    sessions share it: the hashes belong to this class, beside `commit`, because only committed pages may be shared.
+    Positions and layers outside the lease raise LocalFault.
     """
 
     @property

@@ -9,9 +9,10 @@ The messages of one session:
     coordinator --OPEN--> every stage's peer            --OPENED--> coordinator
     coordinator --STEPS--> first stage                  (token ids: all known tokens, once)
     stage i --STEPS--> stage i+1                        (hidden states of one or several sessions)
-    stage i+1 --ACK--> stage i                          (steps that arrived, and how many more may be sent)
+    stage i+1 --ACK--> stage i                          (steps that have begun, and how many more may be sent)
+    first stage --ACK--> coordinator                    (the same, for the prompt)
     last stage --TOKENS--> first stage and coordinator
-    coordinator --ACK--> last stage                     (tokens that arrived, and the limit of decoding ahead of the client)
+    coordinator --ACK--> first and last stage           (tokens that arrived, and the limit of decoding ahead of the client)
     coordinator --RENEW--> every stage's peer           (the lease)
     any stage --FAILED--> coordinator
     coordinator --CLOSE--> every stage's peer           --CLOSED--> coordinator

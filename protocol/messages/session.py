@@ -96,7 +96,7 @@ class Failed(SessionMessage, frozen=True, kw_only=True):
     code: Word
     message: Text
     blame: PeerId | None = None
-    """The peer at fault, as far as the sender knows."""
+    """The peer at fault, as far as the sender knows. None: no peer is."""
 
     def __post_init__(self) -> None:
         make_printable(self, "message")
@@ -149,9 +149,10 @@ class RunningStep(msgspec.Struct, frozen=True, kw_only=True):
     step: Tokens
     tokens: Tokens
     running_s: Seconds
-    """Seconds since the step began. The time that it waited in a queue before does not count."""
+    """Seconds for which the pass with this step was computed so far. Waits in a queue or for other peers do not count. Without
+    a `session`: how long a step has waited."""
     predicted_s: Seconds = 0.0
-    """How long the step was expected to take, by the plan of its session. 0: unknown."""
+    """How long all steps of the pass were expected to take, by the plans of their sessions. 0: unknown."""
 
 
 @message(67)

@@ -71,7 +71,7 @@ def is_refusal(error: MeshdError | None) -> bool:
 
 @dataclass(slots=True)
 class StageClient:
-    """Sends one answer's messages to its stages. Only `open` waits for a reply."""
+    """Sends one answer's messages to its stages. Only `open` and `mirror` wait for a reply."""
 
     record: SessionRecord
     me: PeerId

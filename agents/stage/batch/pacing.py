@@ -20,7 +20,7 @@ sessions that decode, the share is their ratio, so that no session gets less of 
 TURN_PASSES = 11
 """One pass in so many has a chunk of a prompt, if there are decode steps: so nine tokens in ten are not delayed at all."""
 LONGEST_WAIT_S = 0.5
-"""The time that a chunk may add to a pass. On a slow device more passes have a chunk, each a smaller one."""
+"""What a chunk adds to a pass, if possible. On a slow device more passes have a chunk, each a smaller one, and may take longer."""
 
 
 @dataclass(slots=True)
