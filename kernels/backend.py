@@ -5,8 +5,9 @@ states are opaque between `embed` or `decode` and `encode` or `pick`: they are w
 comes from the network or goes there is bytes or numpy arrays in host memory; bytes that were received are never written.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any, Protocol
 
 import numpy as np
@@ -71,6 +72,12 @@ class Segment:
     @property
     def end(self) -> int:
         return self.start + self.tokens
+
+
+def row_slices(tokens: Iterable[int]) -> list[slice]:
+    """Return the rows of each part of a batch, from the parts' numbers of tokens."""
+    ends = list(accumulate(tokens, initial=0))
+    return [slice(start, end) for start, end in pairwise(ends)]
 
 
 @dataclass(frozen=True, slots=True)

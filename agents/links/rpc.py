@@ -29,7 +29,7 @@ MAX_REQUESTS = 1024
 
 @runtime_checkable
 class _Closable(Protocol):
-    """An awaitable that is told if it is never awaited, as a coroutine is."""
+    """An awaitable that is closed if it is never awaited, as a coroutine is."""
 
     def close(self) -> None: ...
 

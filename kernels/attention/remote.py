@@ -14,7 +14,7 @@ from meshd.errors import LocalFault, ProtocolViolation
 from meshd.kernels.attention.local import LocalAttention, in_host_memory
 from meshd.kernels.attention.spans import attend_part
 from meshd.kernels.attention.tree import F32, SPAN_TOKENS, Part, merge_runs, with_sinks
-from meshd.kernels.backend import AttendRequest, AttentionRule, Projected, RemoteRun, Segment
+from meshd.kernels.backend import AttendRequest, AttentionRule, Projected, RemoteRun, Segment, row_slices
 from meshd.kernels.kv.lease import ArenaLease
 from meshd.kernels.threads import limit_torch_threads
 
@@ -48,7 +48,7 @@ def remote_requests(
     """
     return tuple(
         _request(number, layer, projected, segment, rows, run)
-        for number, (segment, rows) in enumerate(_rows_of(segments))
+        for number, (segment, rows) in enumerate(zip(segments, _rows(segments), strict=True))
         if number not in dropped
         for run in segment.remote
         if layer in run.layers and _sees(segment, run, projected.rule.window)
@@ -80,7 +80,7 @@ def merge_attention(
     that were dropped.
     """
     out = np.zeros_like(projected.q)
-    for number, (segment, rows) in enumerate(_rows_of(segments)):
+    for number, (segment, rows) in enumerate(zip(segments, _rows(segments), strict=True)):
         if number in dropped:
             continue
         pairs = zip(requests, parts, strict=True)
@@ -90,12 +90,8 @@ def merge_attention(
     return out
 
 
-def _rows_of(segments: Sequence[Segment]) -> Iterator[tuple[Segment, slice]]:
-    """Return each segment with its rows in the batch."""
-    begin = 0
-    for segment in segments:
-        yield segment, slice(begin, begin + segment.tokens)
-        begin += segment.tokens
+def _rows(segments: Sequence[Segment]) -> list[slice]:
+    return row_slices(segment.tokens for segment in segments)
 
 
 def _sees(segment: Segment, run: RemoteRun, window: int) -> bool:

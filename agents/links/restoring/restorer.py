@@ -47,14 +47,8 @@ class LinkRestorer:
         """Dial the address of a link. Returns: True if its peer no longer listens there; False when it is linked again."""
         attempt = 0
         while True:
-            try:
-                await self._dial(address)
-            except NotListening:
+            if await self._try(address):
                 return True
-            except MeshdError:
-                pass  # the opener reports it, and the next try follows
-            except Exception:
-                log.exception("dialling %s:%d failed (a bug in meshd); trying again", *address)
             if self._table.broken(link.peer) is not link:
                 return False
             await self._clock.sleep(min(_LONGEST_S, _FIRST_S * 2.0**attempt))
@@ -67,12 +61,19 @@ class LinkRestorer:
                 await self._clock.sleep(_OTHERS_AFTER_S)
                 if self._table.broken(link.peer) is not link:
                     return
-                try:
-                    await self._dial(address)
-                except MeshdError:
-                    pass
-                except Exception:
-                    log.exception("dialling %s:%d failed (a bug in meshd)", *address)
+                await self._try(address)
+
+    async def _try(self, address: Address) -> bool:
+        """Dial once. Returns: whether nothing listens there. Other errors are reported only: the next try follows."""
+        try:
+            await self._dial(address)
+        except NotListening:
+            return True
+        except MeshdError:
+            pass  # the opener reports it
+        except Exception:
+            log.exception("dialling %s:%d failed (a bug in meshd)", *address)
+        return False
 
 
 def _listening_address(link: Link) -> Address:

@@ -14,7 +14,7 @@ from meshd.agents.stage.flow.events import StageStep
 from meshd.agents.stage.steps import ActiveStage, StepInput
 from meshd.errors import LocalFault, MeshdError, ProtocolViolation
 from meshd.kernels.attention.tree import Part
-from meshd.kernels.backend import AttendCut, AttendRequest, Done, Hidden, Pass, Segment
+from meshd.kernels.backend import AttendCut, AttendRequest, Done, Hidden, Pass, Segment, row_slices
 from meshd.kernels.sampling.sampler import Picked, PickRequest
 from meshd.kernels.wire import size_of
 from meshd.protocol.messages import TokensFinish
@@ -121,7 +121,9 @@ class BatchComputation:
         try:
             hidden = yield from self._pass_over(numbers, stage.join(inputs))
             picked = self._picked(numbers, hidden)
-            outputs = [self._output(number, hidden, *rows) for number, rows in zip(numbers, _rows(batch), strict=True)]
+            outputs = [
+                self._output(number, hidden, rows.start, rows.stop) for number, rows in zip(numbers, _rows(batch), strict=True)
+            ]
         except MeshdError as error:
             self._pass = None
             if len(batch) == 1:
@@ -172,22 +174,17 @@ class BatchComputation:
         if not batch[0].active.last:
             return {}
         sampled, rows = [], []
-        for number, (_, end), part in zip(numbers, _rows(batch), batch, strict=True):
+        for number, own, part in zip(numbers, _rows(batch), batch, strict=True):
             if part.step.sample and self._outcomes[number] is None:
                 sampled.append(number)
-                rows.append(stage.rows(hidden, end - part.step.sample, end))
+                rows.append(stage.rows(hidden, own.stop - part.step.sample, own.stop))
         if not rows:
             return {}
         return dict(zip(sampled, stage.pick(stage.join(rows), [_request(self._batch[number]) for number in sampled]), strict=True))
 
 
-def _rows(batch: Sequence[BatchStep]) -> list[tuple[int, int]]:
-    """Return the first and the last row, plus one, of each step."""
-    found, begin = [], 0
-    for _, step, _ in batch:
-        found.append((begin, begin + step.tokens))
-        begin += step.tokens
-    return found
+def _rows(batch: Sequence[BatchStep]) -> list[slice]:
+    return row_slices(step.tokens for _, step, _ in batch)
 
 
 def _blamed(error: MeshdError, active: ActiveStage, hidden: Hidden) -> MeshdError:
